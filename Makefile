@@ -1,0 +1,50 @@
+# Each target sets up .venv on first use and again when pyproject.toml changes. PYTHON=python3.12 picks another Python.
+# To use a Python that already has every package, without a .venv:  make test PY=python3 READY=
+PYTHON ?= python3
+PY := .venv/bin/python
+READY := .venv/ready
+HAS_GPU := $(shell command -v nvidia-smi)
+JOBS ?= $(if $(HAS_GPU),4,auto)
+
+# One thread a test process: the processes already fill the cores.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal
+
+.PHONY: demo test check bench aot
+
+demo: $(READY)
+	$(PY) examples/packed_training.py
+
+test: $(READY)
+	$(PYTEST)
+
+check: $(READY)
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+	$(PYTEST) -m "not slow and not gpu"
+
+bench: $(READY)
+	$(PY) benchmarks/cpu.py
+ifneq ($(HAS_GPU),)
+	$(PY) benchmarks/gpu.py
+endif
+
+aot: $(READY)
+	$(PY) benchmarks/aot.py
+
+ifeq ($(HAS_GPU),)
+# torch first and from the CPU index, so that no CUDA package is ever resolved; where that index can't be reached, pip
+# takes the wheel its own configuration offers.
+.venv/ready: pyproject.toml requirements/cpu.txt
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --retries 0 --extra-index-url https://download.pytorch.org/whl/cpu -c requirements/cpu.txt torch
+	$(PY) -m pip install -c requirements/cpu.txt -e '.[dev]'
+	touch $@
+else
+# An image that brings its own CUDA build of torch keeps it.
+HAS_TORCH := $(shell $(PYTHON) -c 'import torch; print(torch.version.cuda or "")' 2>/dev/null)
+.venv/ready: pyproject.toml
+	$(PYTHON) -m venv $(if $(HAS_TORCH),--system-site-packages) .venv
+	$(PY) -m pip install -e '.[dev]'
+	touch $@
+endif

@@ -1,0 +1,158 @@
+"""attention(): the whole walk, top to bottom, and the only place that checks a user's input."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+
+import torch
+from torch import Tensor
+
+from anymask import ops
+from anymask.blocks import cache
+from anymask.blocks.block_map import BlockMap
+from anymask.errors import InputError
+from anymask.expr.mods import text_of
+from anymask.expr.trace import SCORE_TEXT, Trace, trace, trace_score
+from anymask.kernels.configs import Config
+from anymask.masks import MaskFunction, mask_from
+from anymask.problem import Problem
+from anymask.scores import ScoreFunction
+
+DEFAULT_TILE = (128, 128)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: MaskFunction | Tensor | None = None,
+    score_mod: ScoreFunction | None = None,
+    scale: float | None = None,
+    block_map: BlockMap | None = None,
+    return_lse: bool = False,
+    deterministic: bool | None = None,
+    backend: str | None = None,
+    config: Mapping[str, Config | Mapping[str, int]] | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(score_mod(q k^T * scale) where mask) v, computed only on the tiles where the mask lets something through.
+
+    q: [B, Hq, Sq, D].  k: [B, Hkv, Skv, D].  v: [B, Hkv, Skv, Dv].  Any strides, each its own; Hq a multiple of Hkv; D and
+    Dv multiples of 8 from 8 to 256; one dtype of float16, bfloat16 and float32 (float64 on the eager and reference
+    backends); any lengths, 0 too. Under autocast they are cast to its dtype.
+
+    mask: a Mask (causal() & document(ids)), a function (b, h, q_idx, kv_idx) -> bool, or a bool tensor broadcastable to
+      [B, Hq, Sq, Skv]; True where the query sees the key. None: all pairs.
+    score_mod: a function (score, b, h, q_idx, kv_idx) -> score; its gradient is derived. Captured tensors get no gradient.
+    scale: of q k^T, before score_mod; 1 / sqrt(D) if None.
+    block_map: of anymask.block_map(mask, ...), to build it once yourself; it carries its mask, so `mask` may be left out.
+      Without one, a map is built and kept for the next call with the same mask, sizes and unchanged captured tensors.
+    return_lse: also return the log of the softmax sums (natural log, float32, [B, Hq, Sq]); it may be differentiated.
+    deterministic: True asks for bitwise equal results run to run. All present kernels give that always.
+    backend: "triton", "eager" or "reference" is obeyed or raises UnsupportedError; None chooses by device.
+    config: tiles of the Triton kernels, obeyed or raises: {"forward": {"BLOCK_Q": 64, "num_warps": 4}, "dkdv": ..., "dq": ...}.
+
+    Returns out [B, Hq, Sq, Dv] in q's dtype, or (out, lse). A row that sees no key has out 0, lse -inf and gradients 0.
+    Raises InputError, MaskError or UnsupportedError.
+    """
+    if torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    problem = Problem.of(q, k, v)
+    if block_map is None:
+        program = _trace(mask, score_mod, problem.device)
+        block_map = _find_map(program, problem.B, problem.Hq, problem.Sq, problem.Skv, DEFAULT_TILE, problem.device)
+    else:
+        program = _trace_with(block_map, mask, score_mod, problem)
+    out, lse = ops.forward(
+        q,
+        k,
+        v,
+        program.bindings.captures,
+        program.bindings.ints,
+        program.bindings.floats,
+        text_of(program.mask, program.score),
+        block_map.tensors,
+        block_map.tile,
+        1.0 / math.sqrt(problem.D) if scale is None else scale,
+        backend,
+        None if config is None else _config_text(config),
+        deterministic,
+    )
+    return (out, lse) if return_lse else out
+
+
+def block_map(
+    mask: MaskFunction | Tensor | None,
+    B: int,
+    H: int,
+    Sq: int,
+    Skv: int,
+    *,
+    device: torch.device | str,
+    tile: int | tuple[int, int] = 128,
+) -> BlockMap:
+    """The BlockMap of a mask: which tiles are empty, partial and full. print() draws it, .to_dense() gives the kinds.
+
+    mask: as for attention().  B, H: batch and query heads; the map has one row of its own for each only where the mask
+    depends on it.  tile: positions per tile, one number or (q, kv); the Triton kernels take powers of two from 16.
+    """
+    tile = (tile, tile) if isinstance(tile, int) else tile
+    if min(B, H, Sq, Skv) < 0 or min(tile) < 1:
+        raise InputError(f"sizes must not be negative and tiles positive, got {B=} {H=} {Sq=} {Skv=} {tile=}")
+    device = torch.empty(0, device=device).device  # "cuda" -> "cuda:0", as tensors have it
+    return _find_map(_trace(mask, None, device), B, H, Sq, Skv, tile, device)
+
+
+def _config_text(config: Mapping[str, Config | Mapping[str, int]]) -> str:
+    return json.dumps({kernel: asdict(c) if isinstance(c, Config) else dict(c) for kernel, c in config.items()})
+
+
+def _trace(mask: MaskFunction | Tensor | None, score_mod: ScoreFunction | None, device: torch.device) -> Trace:
+    return trace(mask_from(mask) if isinstance(mask, Tensor) else mask, score_mod, device)
+
+
+def _trace_with(
+    given: BlockMap, mask: MaskFunction | Tensor | None, score_mod: ScoreFunction | None, problem: Problem
+) -> Trace:
+    """The programs of a call whose block map is given: the mask is the map's own."""
+    B, H, _, _ = given.kinds.shape
+    if (given.Sq, given.Skv) != (problem.Sq, problem.Skv) or B not in (1, problem.B) or H not in (1, problem.Hq):
+        raise InputError(
+            f"the block map is for B={B} H={H} Sq={given.Sq} Skv={given.Skv}, but q, k, v have B={problem.B} "
+            f"Hq={problem.Hq} Sq={problem.Sq} Skv={problem.Skv}: build it with block_map(mask, B, Hq, Sq, Skv, device=...)"
+        )
+    if given.kinds.device != problem.device:
+        raise InputError(f"the block map is on {given.kinds.device} and q on {problem.device}: build it there")
+    if mask is not None:
+        other = _trace(mask, None, problem.device)
+        if (other.mask, other.mask_bindings.ints, other.mask_bindings.floats) != (
+            given.text,
+            given.bindings.ints,
+            given.bindings.floats,
+        ):
+            raise InputError("the block map was built for another mask: pass it alone, it carries its mask")
+    return trace_score(given.text, given.bindings, score_mod, problem.device)
+
+
+def _find_map(
+    program: Trace, B: int, H: int, Sq: int, Skv: int, tile: tuple[int, int], device: torch.device
+) -> BlockMap:
+    """The map of a traced mask: a kept one, if the mask, sizes and captured tensors are as they were, else a new one."""
+    bindings = program.mask_bindings
+
+    def build() -> tuple[Tensor, ...]:
+        text = text_of(program.mask, SCORE_TEXT)
+        return tuple(
+            ops.block_map(bindings.captures, bindings.ints, bindings.floats, text, B, H, Sq, Skv, tile, device)
+        )
+
+    if torch.compiler.is_compiling():  # a compiled graph must own its map: Inductor reuses buffers in place
+        tensors = build()
+    else:
+        what = (program.mask, bindings.ints, bindings.floats, B, H, Sq, Skv, tile, device)
+        tensors = cache.find(what, bindings.captures, build)
+    return BlockMap.from_tensors(tensors, Sq, Skv, tile, program.mask, bindings)

@@ -1,0 +1,66 @@
+"""Block maps that were built already: one build serves every layer that passes the same mask."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+MOST = 64  # maps that are kept; the least recently used goes first
+
+
+@dataclass(frozen=True)
+class _Entry:
+    tensors: tuple[Tensor, ...]
+    storages: tuple[
+        StorageWeakRef, ...
+    ]  # of the captured tensors; while they are held no new storage gets the same identity
+
+
+_entries: OrderedDict[Hashable, _Entry] = OrderedDict()
+_lock = threading.Lock()
+
+
+def find(what: Hashable, captures: tuple[Tensor, ...], build: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """The tensors of the kept map for `what` over these captured tensors, or of the one that build() makes, which is kept.
+
+    A captured tensor is told apart by storage, place in it, layout and version, so one that was changed in place gives a new
+    map. Nothing is kept where that cannot be known or would be wrong: tensors made in inference mode have no version, and
+    under a dispatch mode (fake tensors, checkpointing) or while a CUDA graph is captured results are not for others.
+    """
+    if _is_private(captures):
+        return build()
+    key = (what, tuple(_identity(tensor) for tensor in captures))
+    with _lock:
+        entry = _entries.get(key)
+        if entry is not None and not any(storage.expired() for storage in entry.storages):
+            _entries.move_to_end(key)
+            return entry.tensors
+    tensors = build()
+    storages = tuple(StorageWeakRef(tensor.untyped_storage()) for tensor in captures)
+    with _lock:
+        for stale in [k for k, e in _entries.items() if any(storage.expired() for storage in e.storages)]:
+            del _entries[stale]
+        _entries[key] = _Entry(tensors, storages)
+        while len(_entries) > MOST:
+            _entries.popitem(last=False)
+    return tensors
+
+
+def _is_private(captures: tuple[Tensor, ...]) -> bool:
+    return (
+        _get_current_dispatch_mode() is not None
+        or any(type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_inference() for tensor in captures)
+        or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+    )
+
+
+def _identity(tensor: Tensor) -> Hashable:
+    storage = tensor.untyped_storage()
+    return storage._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version

@@ -1,0 +1,1 @@
+"""Other interfaces on top of attention(), one file each."""

@@ -1,0 +1,1 @@
+"""The mask compiler: pure Python on torch, no Triton and no GPU."""

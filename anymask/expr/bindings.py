@@ -1,0 +1,20 @@
+"""Bindings: the captured tensors and numbers that an expression reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Bindings:
+    """What an expression reads besides its indices.
+
+    captures: captured tensors by LOAD slot, each of any shape.  ints, floats: captured numbers by NUMBER slot
+    (a NUMBER of dtype FLOAT reads floats, any other reads ints).
+    """
+
+    captures: tuple[torch.Tensor, ...] = ()
+    ints: tuple[int, ...] = ()
+    floats: tuple[float, ...] = ()

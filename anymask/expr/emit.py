@@ -1,0 +1,229 @@
+"""emit(expr): the text of one Triton function that computes an expression over a tile. Text only: imports no Triton.
+
+One line per node in the order of Expr.walk. Operands keep the shape their indices give them, [BLOCK_Q, 1] or
+[1, BLOCK_KV], until an operation needs both, so what depends on a row alone is computed and loaded once per row.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+
+from anymask.expr.ir import DType, Expr, Op
+
+TYPES = {DType.BOOL: "tl.int1", DType.INT32: "tl.int32", DType.INT64: "tl.int64", DType.FLOAT: "tl.float32"}
+INDENT = "    "
+
+
+@functools.lru_cache(maxsize=4096)
+def emit(expr: Expr, name: str, wide: frozenset[int] = frozenset()) -> str:
+    """Source of `name(b, h, q_idx, kv_idx, captures, ints, floats)`; `score` comes first where expr is a FLOAT.
+
+    In the function: b, h are int32 scalars; q_idx, kv_idx int32 [BLOCK_Q, 1] and [1, BLOCK_KV] (or transposed).
+    captures: per slot (pointer, odd sizes, strides).  ints: odd numbers; a size or number n travels as odd(n).
+    wide: slots of captured tensors whose offsets need 64 bits. The result broadcasts to the tile; FLOAT is float32.
+    """
+    bounds = _bounds(expr)
+    names: dict[Expr, str] = {}
+    lines: list[str] = []
+    for node in expr.walk():
+        if node.op in (Op.INDEX, Op.SCORE):
+            names[node] = str(node.value) if node.op is Op.INDEX else "score"
+            continue
+        target = f"v{len(names)}"
+        args = [names[arg] for arg in node.args]
+        if node.op is Op.LOAD:
+            lines += _load(node, target, args, bounds, wide)
+        else:
+            lines.append(f"{target} = {_rule(node, bounds).format(*args, type=TYPES[node.dtype])}")
+        names[node] = target
+    params = "score, b" if expr.dtype is DType.FLOAT else "b"
+    head = f"@triton.jit\ndef {name}({params}, h, q_idx, kv_idx, captures, ints, floats):\n"
+    return head + "".join(f"{INDENT}{line}\n" for line in [*lines, f"return {names[expr]}"])
+
+
+def odd(n: int) -> int:
+    """How an integer travels to a kernel: Triton compiles anew for 1 and for multiples of 16, and this is never one.
+
+    (It is 1 for n = 0, which is rare: a captured number 0 has become a constant.)
+    """
+    return 2 * n + 1
+
+
+# Op -> template over its operands {0} {1} {2} and the Triton {type} of its result. Functions without a prefix are those
+# of kernels/functions.py.
+TEMPLATES: dict[Op, str | Callable[[Expr], str]] = {
+    Op.INDEX: "{0}",
+    Op.SCORE: "{0}",
+    Op.CONST: lambda node: f"tl.full([], {_literal(node)}, {{type}})",
+    Op.NUMBER: lambda node: (
+        f"tl.cast(floats[{node.value}], {{type}})"
+        if node.dtype is DType.FLOAT
+        else f"tl.cast(ints[{node.value}] >> 1, {{type}})"
+    ),
+    Op.LOAD: "tl.load({0}, mask={1}, other=0)",
+    Op.ADD: "{0} + {1}",
+    Op.SUB: "{0} - {1}",
+    Op.MUL: "{0} * {1}",
+    Op.DIV: "{0} / {1}",
+    Op.FLOORDIV: "floor_divide({0}, {1})",
+    Op.MOD: "floor_modulo({0}, {1})",
+    Op.NEG: "-{0}",
+    Op.ABS: "tl.abs({0})",
+    Op.MIN: "tl.minimum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)",
+    Op.MAX: "tl.maximum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)",
+    Op.POW: lambda node: _power(node),
+    Op.SHL: "shift_left({0}, {1})",
+    Op.SHR: "shift_right({0}, {1})",
+    Op.AND: "{0} & {1}",
+    Op.OR: "{0} | {1}",
+    Op.XOR: "{0} ^ {1}",
+    Op.NOT: "~{0}",
+    Op.EQ: "{0} == {1}",
+    Op.NE: "{0} != {1}",
+    Op.LT: "{0} < {1}",
+    Op.LE: "{0} <= {1}",
+    Op.WHERE: "tl.where({0}, {1}, {2})",
+    Op.CAST: lambda node: "{0} != 0" if node.dtype is DType.BOOL else "{0}.to({type})",
+    Op.EXP: "tl.exp({0})",
+    Op.EXP2: "tl.exp2({0})",
+    Op.LOG: "tl.log({0})",
+    Op.LOG2: "tl.log2({0})",
+    Op.LOG1P: "log1p({0})",
+    Op.SQRT: "tl.sqrt({0})",
+    Op.RSQRT: "tl.rsqrt({0})",
+    Op.TANH: "tanh({0})",
+    Op.SIGMOID: "tl.sigmoid({0})",
+    Op.ERF: "tl.erf({0})",
+    Op.SIN: "tl.sin({0})",
+    Op.COS: "tl.cos({0})",
+    Op.FLOOR: "tl.floor({0})",
+    Op.CEIL: "tl.ceil({0})",
+    Op.SIGN: "({0} > 0).to({type}) - ({0} < 0).to({type})",
+}
+
+# On BOOL operands: Triton orders a 1-bit True below False.
+BOOL_TEMPLATES: dict[Op, str] = {
+    Op.LT: "~{0} & {1}",
+    Op.LE: "~{0} | {1}",
+    Op.MIN: "{0} & {1}",
+    Op.MAX: "{0} | {1}",
+    Op.MUL: "{0} & {1}",
+    Op.ADD: "{0} | {1}",
+}
+
+FLOAT_TEMPLATES: dict[Op, str] = {
+    Op.FLOORDIV: "tl.floor({0} / {1})",
+    Op.MOD: "{0} - tl.floor({0} / {1}) * {1}",
+}
+
+Bounds = dict[Expr, tuple[int, int]]
+
+
+def _rule(node: Expr, bounds: Bounds) -> str:
+    """The cheapest template whose condition holds."""
+    dtype = node.args[0].dtype if node.args else node.dtype
+    if dtype is DType.BOOL and node.op in BOOL_TEMPLATES:
+        return BOOL_TEMPLATES[node.op]
+    if dtype is DType.FLOAT and node.op in FLOAT_TEMPLATES:
+        return FLOAT_TEMPLATES[node.op]
+    if node.op in (Op.FLOORDIV, Op.MOD, Op.SHL, Op.SHR):
+        return _integer_rule(node, bounds) or str(TEMPLATES[node.op])
+    template = TEMPLATES[node.op]
+    return template if isinstance(template, str) else template(node)
+
+
+def _integer_rule(node: Expr, bounds: Bounds) -> str | None:
+    """What one instruction can do: shifts by less than the width, division by 2^n, division of what is not negative."""
+    x, y = node.args
+    low, high = bounds[y]
+    if node.op in (Op.SHL, Op.SHR):
+        is_inside = low >= 0 and high < (32 if node.dtype is DType.INT32 else 64)
+        return {Op.SHL: "{0} << {1}", Op.SHR: "{0} >> {1}"}[node.op] if is_inside else None
+    if y.op is Op.CONST and low > 0 and low & (low - 1) == 0:
+        return f"{{0}} >> {low.bit_length() - 1}" if node.op is Op.FLOORDIV else f"{{0}} & {low - 1}"
+    if low > 0 and bounds[x][0] >= 0:  # C and Triton round towards zero: the same where neither is negative
+        return {Op.FLOORDIV: "{0} // {1}", Op.MOD: "{0} % {1}"}[node.op]
+    return None
+
+
+def _power(node: Expr) -> str:
+    exponent = node.args[1].value if node.args[1].op is Op.CONST else None
+    if isinstance(exponent, float) and exponent.is_integer() and abs(exponent) <= 64:
+        return f"integer_power({{0}}, {int(exponent)})"
+    return "power({0}, {1})"
+
+
+def _literal(node: Expr) -> str:
+    if isinstance(node.value, float) and not math.isfinite(node.value):
+        return f'float("{node.value}")'
+    return repr(node.value)
+
+
+def _load(node: Expr, target: str, args: list[str], bounds: Bounds, wide: frozenset[int]) -> list[str]:
+    """Lines that read a captured tensor: negative indices count from the end, outside the tensor 0 is read."""
+    slot = int(node.value)  # type: ignore[arg-type]
+    lines, inside, pointer = [], [], f"captures[{slot}][0]"
+    for dim, (arg, index) in enumerate(zip(node.args, args, strict=True)):
+        size = f"(captures[{slot}][1][{dim}] >> 1)"
+        if bounds[arg][0] < 0:
+            lines.append(f"{target}_{dim} = tl.where({index} < 0, {index} + {size}, {index})")
+            index = f"{target}_{dim}"
+            inside.append(f"({index} >= 0)")
+        inside.append(f"({index} < {size})")
+        offset = f"{index}.to(tl.int64)" if slot in wide else index
+        pointer += f" + {offset} * captures[{slot}][2][{dim}]"
+    read = str(TEMPLATES[Op.LOAD]).format(pointer, " & ".join(inside)) if args else f"tl.load({pointer})"
+    convert = " != 0" if node.dtype is DType.BOOL else f".to({TYPES[node.dtype]})"
+    return [*lines, f"{target} = {read}{convert}"]
+
+
+INDEX_LIMIT = 1 << 30  # above every index that a kernel passes, the overhang of the last tile included
+
+
+def _bounds(expr: Expr) -> Bounds:
+    """Smallest and largest value of each integer node, from its structure alone; a result that could wrap is unknown."""
+    bounds: Bounds = {}
+    for node in expr.walk():
+        if node.dtype is DType.FLOAT:
+            continue
+        lowest, highest = {DType.BOOL: (0, 1), DType.INT32: (-(1 << 31), (1 << 31) - 1)}.get(
+            node.dtype, (-(1 << 63), (1 << 63) - 1)
+        )
+        found = _node_bounds(node, [bounds[arg] for arg in node.args if arg in bounds])
+        is_known = found is not None and lowest <= found[0] and found[1] <= highest
+        bounds[node] = found if found is not None and is_known else (lowest, highest)
+    return bounds
+
+
+def _node_bounds(node: Expr, args: list[tuple[int, int]]) -> tuple[int, int] | None:
+    if node.op is Op.INDEX:
+        return 0, INDEX_LIMIT - 1
+    if node.op is Op.CONST:
+        return int(node.value), int(node.value)  # type: ignore[arg-type]
+    if node.op is Op.CAST and args:
+        return args[0]
+    if node.op is Op.WHERE:
+        return min(args[1][0], args[2][0]), max(args[1][1], args[2][1])
+    if node.op in (Op.LOAD, Op.NUMBER) or len(args) != 2 or node.dtype is DType.BOOL:
+        return None
+    (a, b), (c, d) = args
+    if node.op is Op.ADD:
+        return a + c, b + d
+    if node.op is Op.SUB:
+        return a - d, b - c
+    if node.op is Op.MUL:
+        corners = (a * c, a * d, b * c, b * d)
+        return min(corners), max(corners)
+    if node.op is Op.MIN:
+        return min(a, c), min(b, d)
+    if node.op is Op.MAX:
+        return max(a, c), max(b, d)
+    if node.op is Op.MOD and c > 0:
+        return 0, d - 1
+    if node.op in (Op.FLOORDIV, Op.SHR) and a >= 0 and c >= 0:
+        return 0, b
+    if node.op is Op.AND and (a >= 0 or c >= 0):
+        return 0, min(b if a >= 0 else d, d if c >= 0 else b)
+    return None

@@ -1,0 +1,1 @@
+"""Everything that knows Triton; only launch.py is called from outside (and plan.py, which imports no Triton)."""

@@ -1,0 +1,77 @@
+"""What emitted text calls: functions of a tile that Triton lacks or defines otherwise (text: expr/emit.py)."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def floor_divide(x, y):
+    """x // y rounded towards minus infinity, as in Python; x // 0 = 0."""
+    safe = tl.where((y == 0) | (y == -1), 1, y)  # the smallest integer // -1 traps
+    quotient = x // safe
+    remainder = x - quotient * safe
+    quotient = tl.where((remainder != 0) & ((remainder ^ safe) < 0), quotient - 1, quotient)
+    return tl.where(y == -1, -x, tl.where(y == 0, 0, quotient))
+
+
+@triton.jit
+def floor_modulo(x, y):
+    """x % y with the sign of y, as in Python; x % 0 = 0."""
+    safe = tl.where((y == 0) | (y == -1), 1, y)
+    remainder = x % safe
+    return tl.where((remainder != 0) & ((remainder ^ safe) < 0), remainder + safe, remainder)
+
+
+@triton.jit
+def shift_left(x, amount):
+    """x << amount; 0 where amount is negative or not below the width of x."""
+    inside = (amount >= 0) & (amount < x.dtype.primitive_bitwidth)
+    return tl.where(inside, x << tl.where(inside, amount, 0), 0)
+
+
+@triton.jit
+def shift_right(x, amount):
+    """x >> amount, arithmetic; the sign alone where amount is negative or not below the width of x."""
+    last = x.dtype.primitive_bitwidth - 1
+    return x >> tl.where((amount >= 0) & (amount <= last), amount, last)
+
+
+@triton.jit
+def integer_power(x, N: tl.constexpr):
+    """x^N, by squaring."""
+    result = tl.full([], 1.0, tl.float32)
+    square = x
+    M: tl.constexpr = N if N >= 0 else -N
+    for bit in tl.static_range(7):
+        if (M >> bit) & 1:
+            result = result * square
+        if M >> (bit + 1):
+            square = square * square
+    if N < 0:
+        result = 1.0 / result
+    return result
+
+
+@triton.jit
+def power(x, y):
+    """x^y; a negative x is allowed where y is an integer."""
+    magnitude = tl.exp2(y * tl.log2(tl.abs(x)))
+    is_integer = tl.floor(y) == y
+    is_odd = tl.floor(y * 0.5) * 2 != y
+    result = tl.where((x < 0) & is_odd, -magnitude, magnitude)
+    result = tl.where((x < 0) & ~is_integer, float("nan"), result)
+    return tl.where((y == 0) | (x == 1), 1.0, result)
+
+
+@triton.jit
+def tanh(x):
+    """tanh(x) = 1 - 2 / (exp(2x) + 1), to 1e-7 absolute; exp(2x) = inf gives 1."""
+    return 1 - 2 / (tl.exp2(x * 2.8853900817779268) + 1)
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x), accurate for tiny x: log(u) x / (u - 1) with u = 1 + x undoes the rounding of u (Kahan)."""
+    u = 1 + x
+    is_exact = (u == 1) | (u == float("inf"))
+    return tl.where(is_exact, x, tl.log(u) * (x / tl.where(is_exact, 1, u - 1)))

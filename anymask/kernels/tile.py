@@ -1,0 +1,158 @@
+"""What the forward and the backward share: addressing, reading and writing tiles, walking a row of the map, scores.
+
+Conventions of every kernel here. A tensor is a pointer and a stride tuple in shape order (b, h, row, column). Offsets to
+b, h and the first row of a tile are 64-bit; offsets inside a tile are 32-bit unless WIDE. A head dim is padded to a power
+of two by reading zeros. `bindings` is (captures, ints, floats); MASK and SCORE are functions made by jit.py.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+# --- tiles of tensors ---
+
+
+@triton.jit
+def aligned(stride, ALIGN: tl.constexpr):
+    """stride, which ALIGN divides: said so that the compiler sees it (by itself it only looks for multiples of 16)."""
+    if ALIGN > 1:
+        stride = stride // ALIGN * ALIGN
+    return stride
+
+
+@triton.jit
+def head_pointer(pointer, strides, b, h, ALIGN: tl.constexpr):
+    """Where head h of batch b begins."""
+    return pointer + b.to(tl.int64) * aligned(strides[0], ALIGN) + h.to(tl.int64) * aligned(strides[1], ALIGN)
+
+
+@triton.jit
+def tile_offsets(start, strides, BLOCK: tl.constexpr, D_PAD: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr):
+    """Offset of the first row (64-bit scalar) and of each element from there. ALIGN divides the row stride."""
+    # [BLOCK, 1] and [1, D_PAD]
+    row = tl.arange(0, BLOCK)[:, None]
+    column = tl.arange(0, D_PAD)[None, :]
+    if WIDE:
+        row = row.to(tl.int64)
+        column = column.to(tl.int64)
+    row_stride = aligned(strides[2], ALIGN)
+    return start.to(tl.int64) * row_stride, row * row_stride + column * strides[3]
+
+
+@triton.jit
+def tile_inside(start, num_rows, BLOCK: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, CHECK_ROWS: tl.constexpr):
+    """[BLOCK, D_PAD] which elements exist, or None where all do. CHECK_ROWS: rows from num_rows on do not exist."""
+    # [BLOCK, 1] and [1, D_PAD]
+    row_inside = start + tl.arange(0, BLOCK)[:, None] < num_rows
+    column_inside = tl.arange(0, D_PAD)[None, :] < D
+    if CHECK_ROWS and D < D_PAD:
+        inside = row_inside & column_inside
+    elif CHECK_ROWS:
+        inside = row_inside
+    elif D < D_PAD:
+        inside = column_inside
+    else:
+        inside = None
+    return inside
+
+
+@triton.jit
+def load_tile(
+    pointer,
+    start,
+    num_rows,
+    strides,
+    BLOCK: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    ALIGN: tl.constexpr,
+    WIDE: tl.constexpr,
+    CHECK_ROWS: tl.constexpr,
+):
+    """[BLOCK, D_PAD] rows start .. start + BLOCK of one head; 0 where there is no element."""
+    first, offsets = tile_offsets(start, strides, BLOCK, D_PAD, ALIGN, WIDE)
+    inside = tile_inside(start, num_rows, BLOCK, D, D_PAD, CHECK_ROWS)
+    if inside is None:
+        tile = tl.load(pointer + first + offsets)
+    else:
+        tile = tl.load(pointer + first + offsets, mask=inside, other=0.0)
+    return tile
+
+
+@triton.jit
+def store_tile(
+    pointer,
+    tile,
+    start,
+    num_rows,
+    strides,
+    BLOCK: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    ALIGN: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Write the elements of [BLOCK, D_PAD] that exist, in the dtype of the tensor."""
+    first, offsets = tile_offsets(start, strides, BLOCK, D_PAD, ALIGN, WIDE)
+    inside = tile_inside(start, num_rows, BLOCK, D, D_PAD, True)
+    tl.store(pointer + first + offsets, tile.to(pointer.dtype.element_ty), mask=inside)
+
+
+# --- the map: how a kernel walks a row ---
+
+
+@triton.jit
+def map_row(order, count, map_strides, row_length, b, h, block):
+    """The list of tiles of one row of the map: pointer to their numbers, how many are masked, how many full.
+
+    order: [Bm, Hm, blocks, row_length] tile numbers, masked ones first.  count: [Bm, Hm, blocks, 2].
+    map_strides: rows from one batch and one head to the next; 0 where they share rows.
+    """
+    row = b.to(tl.int64) * map_strides[0] + h.to(tl.int64) * map_strides[1] + block
+    return order + row * row_length, tl.load(count + row * 2), tl.load(count + row * 2 + 1)
+
+
+@triton.jit
+def step_start(row, step, end, TILE: tl.constexpr, BLOCK: tl.constexpr):
+    """First index of what step `step` of a row visits: steps are the BLOCK-sized parts of the TILE-sized map tiles."""
+    STEPS: tl.constexpr = TILE // BLOCK
+    tile = tl.load(row + step // STEPS, mask=step < end, other=0)
+    return tile * TILE + (step % STEPS) * BLOCK
+
+
+# --- scores ---
+
+
+@triton.jit
+def changed_score(qk, b, h, q_idx, kv_idx, scale, bindings, SCORE: tl.constexpr):
+    """SCORE(scale * qk) in base 2, in the shape of qk."""
+    score = SCORE(qk * scale, b, h, q_idx, kv_idx, bindings[0], bindings[1], bindings[2])
+    return tl.broadcast_to(score, qk.shape) * LOG2_E
+
+
+@triton.jit
+def probability(
+    qk, lse_log2, b, h, q_idx, kv_idx, scale, bindings, keep, SCORE: tl.constexpr
+):
+    """P = exp2(score - lse), recomputed in the backward; 0 where keep (None: everywhere true) is false."""
+    if SCORE is None:
+        p = tl.exp2(qk * (scale * LOG2_E) - lse_log2)
+    else:
+        p = tl.exp2(changed_score(qk, b, h, q_idx, kv_idx, scale, bindings, SCORE) - lse_log2)
+    if keep is not None:
+        p = tl.where(keep, p, 0.0)
+    return p
+
+
+@triton.jit
+def score_gradient(p, dp, delta, qk, b, h, q_idx, kv_idx, scale, bindings, keep, SCORE_GRAD: tl.constexpr):
+    """dS = P * (dP - delta), times d score_out / d score_in; 0 where keep is false, whatever the derivative is there."""
+    ds = p * (dp - delta)
+    if SCORE_GRAD is not None:
+        ds *= SCORE_GRAD(qk * scale, b, h, q_idx, kv_idx, bindings[0], bindings[1], bindings[2])
+        if keep is not None:
+            ds = tl.where(keep, ds, 0.0)
+    return ds

@@ -1,0 +1,459 @@
+"""Backward: delta, then dK and dV (one program per key tile), then dQ (one program per query tile). No atomics.
+
+P is recomputed from lse. With S = scale Q K^T, T = SCORE(S), P = softmax(T):
+dV = P^T dO,  dP = dO V^T,  dT = P * (dP - delta),  dS = dT * dT/dS,  dQ = scale dS K,  dK = scale dS^T Q.
+"""
+
+import triton
+import triton.language as tl
+
+from anymask.kernels.tile import (
+    LOG2_E,
+    head_pointer,
+    load_tile,
+    map_row,
+    probability,
+    score_gradient,
+    step_start,
+    store_tile,
+)
+
+
+@triton.jit(do_not_specialize=["Hq", "Sq", "padded_Sq"])
+def delta_kernel(
+    out_pointer,  # [B, Hq, Sq, Dv]
+    dout_pointer,  # [B, Hq, Sq, Dv]
+    lse_pointer,  # [B, Hq, Sq] f32, contiguous
+    dlse_pointer,  # the same, or None
+    delta_pointer,  # [B, Hq, padded_Sq] f32, contiguous
+    lse_log2_pointer,  # [B, Hq, padded_Sq] f32, contiguous
+    out_strides,
+    dout_strides,
+    Hq,
+    Sq,
+    padded_Sq,
+    DV: tl.constexpr,
+    DV_PAD: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    ALIGN: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """delta = rowsum(out * dout) - dlse, and lse in base 2 with +inf for a row without keys and past the end: P = 0."""
+    num_blocks = tl.cdiv(padded_Sq, BLOCK_Q)
+    head = tl.program_id(0) // num_blocks
+    q_start = tl.program_id(0) % num_blocks * BLOCK_Q
+    b = head // Hq
+    h = head % Hq
+    # [BLOCK_Q, DV_PAD]
+    out = load_tile(
+        head_pointer(out_pointer, out_strides, b, h, ALIGN), q_start, Sq, out_strides, BLOCK_Q, DV, DV_PAD, ALIGN, WIDE, True
+    )
+    dout = load_tile(
+        head_pointer(dout_pointer, dout_strides, b, h, ALIGN),
+        q_start,
+        Sq,
+        dout_strides,
+        BLOCK_Q,
+        DV,
+        DV_PAD,
+        ALIGN,
+        WIDE,
+        True,
+    )
+    # [BLOCK_Q] f32
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    rows = q_start + tl.arange(0, BLOCK_Q)
+    offsets = head.to(tl.int64) * Sq + rows
+    if dlse_pointer is not None:
+        delta -= tl.load(dlse_pointer + offsets, mask=rows < Sq, other=0.0)
+    lse = tl.load(lse_pointer + offsets, mask=rows < Sq, other=float("-inf"))
+    lse_log2 = tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
+    padded_offsets = head.to(tl.int64) * padded_Sq + rows
+    tl.store(delta_pointer + padded_offsets, delta, mask=rows < padded_Sq)
+    tl.store(lse_log2_pointer + padded_offsets, lse_log2, mask=rows < padded_Sq)
+
+
+@triton.jit
+def dkdv_steps(
+    dk,
+    dv,
+    k,
+    v,
+    q_pointer,
+    dout_pointer,
+    lse_log2_pointer,
+    delta_pointer,
+    q_strides,
+    dout_strides,
+    row,
+    begin,
+    end,
+    b,
+    h,
+    kv_idx,
+    Sq,
+    scale,
+    bindings,
+    MASK: tl.constexpr,
+    SCORE: tl.constexpr,
+    SCORE_GRAD: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    D_PAD: tl.constexpr,
+    DV_PAD: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    IS_MASKED: tl.constexpr,
+    IS_EVEN_Q: tl.constexpr,
+    ALIGN: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Steps begin .. end of a row: dk [BLOCK_KV, D_PAD] and dv [BLOCK_KV, DV_PAD] with their queries added.
+
+    Keys past the end need no test: each fills only its own row, which is not stored.
+    """
+    q_start = step_start(row, begin, end, TILE_Q, BLOCK_Q)
+    for step in tl.range(begin, end):
+        next_start = step_start(row, step + 1, end, TILE_Q, BLOCK_Q)
+        q = load_tile(q_pointer, q_start, Sq, q_strides, BLOCK_Q, D, D_PAD, ALIGN, WIDE, not IS_EVEN_Q)
+        # [BLOCK_Q] f32; +inf and 0 past the end of the queries
+        rows = q_start + tl.arange(0, BLOCK_Q)
+        lse_log2 = tl.load(lse_log2_pointer + rows)
+        # S^T = K Q^T    [BLOCK_KV, BLOCK_Q] f32
+        qk = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        # [1, BLOCK_Q]
+        q_idx = rows[None, :]
+        keep = None
+        if IS_MASKED:
+            keep = MASK(b, h, q_idx, kv_idx, bindings[0], bindings[1], bindings[2])
+            if SCORE is not None and not IS_EVEN_Q:
+                keep = keep & (q_idx < Sq)
+        elif SCORE is not None and not IS_EVEN_Q:
+            keep = q_idx < Sq
+        # P^T    [BLOCK_KV, BLOCK_Q] f32
+        p = probability(qk, lse_log2[None, :], b, h, q_idx, kv_idx, scale, bindings, keep, SCORE)
+        dout = load_tile(dout_pointer, q_start, Sq, dout_strides, BLOCK_Q, DV, DV_PAD, ALIGN, WIDE, not IS_EVEN_Q)
+        # dV += P^T dO
+        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+        delta = tl.load(delta_pointer + rows)
+        # dP^T = V dO^T    [BLOCK_KV, BLOCK_Q] f32
+        dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+        # dS^T
+        ds = score_gradient(p, dp, delta[None, :], qk, b, h, q_idx, kv_idx, scale, bindings, keep, SCORE_GRAD)
+        # dK += dS^T Q
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+        q_start = next_start
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["row_length", "Hkv", "Sq", "Skv", "padded_Sq"])
+def dkdv_kernel(
+    q_pointer,  # [B, Hq, Sq, D]
+    k_pointer,  # [B, Hkv, Skv, D]
+    v_pointer,  # [B, Hkv, Skv, Dv]
+    dout_pointer,  # [B, Hq, Sq, Dv]
+    dk_pointer,  # [B, Hkv, Skv, D]
+    dv_pointer,  # [B, Hkv, Skv, Dv]
+    lse_log2_pointer,  # [B, Hq, padded_Sq] f32, contiguous
+    delta_pointer,  # [B, Hq, padded_Sq] f32, contiguous
+    q_strides,
+    k_strides,
+    v_strides,
+    dout_strides,
+    dk_strides,
+    dv_strides,
+    order_pointer,  # see map_row
+    count_pointer,
+    map_strides,
+    row_length,
+    Hkv,
+    Sq,
+    Skv,
+    padded_Sq,
+    scale,
+    bindings,
+    MASK: tl.constexpr,
+    SCORE: tl.constexpr,
+    SCORE_GRAD: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    D_PAD: tl.constexpr,
+    DV_PAD: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    TILE_KV: tl.constexpr,
+    IS_EVEN_Q: tl.constexpr,  # no map tile hangs over the end of the queries
+    ALIGN: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dk and dv of one key tile, summed over the G query heads that read it. Grid: as the forward, first tile first."""
+    num_blocks = tl.cdiv(Skv, BLOCK_KV)
+    head = tl.program_id(0) // num_blocks
+    kv_start = tl.program_id(0) % num_blocks * BLOCK_KV
+    b = head // Hkv
+    h_kv = head % Hkv
+
+    # [BLOCK_KV, D_PAD] and [BLOCK_KV, DV_PAD]
+    k = load_tile(
+        head_pointer(k_pointer, k_strides, b, h_kv, ALIGN), kv_start, Skv, k_strides, BLOCK_KV, D, D_PAD, ALIGN, WIDE, True
+    )
+    v = load_tile(
+        head_pointer(v_pointer, v_strides, b, h_kv, ALIGN), kv_start, Skv, v_strides, BLOCK_KV, DV, DV_PAD, ALIGN, WIDE, True
+    )
+    # [BLOCK_KV, 1]
+    kv_idx = kv_start + tl.arange(0, BLOCK_KV)[:, None]
+
+    dk = tl.zeros([BLOCK_KV, D_PAD], tl.float32)
+    dv = tl.zeros([BLOCK_KV, DV_PAD], tl.float32)
+    for g in range(G):
+        h = h_kv * G + g
+        row, num_masked, num_full = map_row(
+            order_pointer, count_pointer, map_strides, row_length, b, h, kv_start // TILE_KV
+        )
+        masked_end = num_masked * (TILE_Q // BLOCK_Q)
+        full_end = masked_end + num_full * (TILE_Q // BLOCK_Q)
+        first_row = (b * (Hkv * G) + h).to(tl.int64) * padded_Sq
+        for IS_FULL in tl.static_range(2):
+            dk, dv = dkdv_steps(
+                dk,
+                dv,
+                k,
+                v,
+                head_pointer(q_pointer, q_strides, b, h, ALIGN),
+                head_pointer(dout_pointer, dout_strides, b, h, ALIGN),
+                lse_log2_pointer + first_row,
+                delta_pointer + first_row,
+                q_strides,
+                dout_strides,
+                row,
+                masked_end if IS_FULL else 0,
+                full_end if IS_FULL else masked_end,
+                b,
+                h,
+                kv_idx,
+                Sq,
+                scale,
+                bindings,
+                MASK,
+                SCORE,
+                SCORE_GRAD,
+                D,
+                DV,
+                D_PAD,
+                DV_PAD,
+                BLOCK_Q,
+                TILE_Q,
+                not IS_FULL,
+                IS_EVEN_Q,
+                ALIGN,
+                WIDE,
+                PRECISION,
+            )
+
+    store_tile(
+        head_pointer(dk_pointer, dk_strides, b, h_kv, ALIGN),
+        dk * scale,
+        kv_start,
+        Skv,
+        dk_strides,
+        BLOCK_KV,
+        D,
+        D_PAD,
+        ALIGN,
+        WIDE,
+    )
+    store_tile(
+        head_pointer(dv_pointer, dv_strides, b, h_kv, ALIGN), dv, kv_start, Skv, dv_strides, BLOCK_KV, DV, DV_PAD, ALIGN, WIDE
+    )
+
+
+@triton.jit
+def dq_steps(
+    dq,
+    q,
+    dout,
+    lse_log2,
+    delta,
+    k_pointer,
+    v_pointer,
+    k_strides,
+    v_strides,
+    row,
+    begin,
+    end,
+    b,
+    h,
+    q_idx,
+    Skv,
+    scale,
+    bindings,
+    MASK: tl.constexpr,
+    SCORE: tl.constexpr,
+    SCORE_GRAD: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    D_PAD: tl.constexpr,
+    DV_PAD: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+    TILE_KV: tl.constexpr,
+    IS_MASKED: tl.constexpr,
+    IS_EVEN_KV: tl.constexpr,
+    ALIGN: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Steps begin .. end of a row: dq [BLOCK_Q, D_PAD] with their keys added. lse_log2, delta: [BLOCK_Q, 1] f32."""
+    CHECK_KV: tl.constexpr = IS_MASKED and not IS_EVEN_KV
+    kv_start = step_start(row, begin, end, TILE_KV, BLOCK_KV)
+    for step in tl.range(begin, end):
+        next_start = step_start(row, step + 1, end, TILE_KV, BLOCK_KV)
+        k = load_tile(k_pointer, kv_start, Skv, k_strides, BLOCK_KV, D, D_PAD, ALIGN, WIDE, CHECK_KV)
+        v = load_tile(v_pointer, kv_start, Skv, v_strides, BLOCK_KV, DV, DV_PAD, ALIGN, WIDE, CHECK_KV)
+        # S = Q K^T    [BLOCK_Q, BLOCK_KV] f32
+        qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        # dP = dO V^T    [BLOCK_Q, BLOCK_KV] f32
+        dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+        # [1, BLOCK_KV]
+        kv_idx = kv_start + tl.arange(0, BLOCK_KV)[None, :]
+        keep = None
+        if IS_MASKED:
+            keep = MASK(b, h, q_idx, kv_idx, bindings[0], bindings[1], bindings[2])
+            if CHECK_KV:
+                keep = keep & (kv_idx < Skv)
+        p = probability(qk, lse_log2, b, h, q_idx, kv_idx, scale, bindings, keep, SCORE)
+        # dS    [BLOCK_Q, BLOCK_KV] f32
+        ds = score_gradient(p, dp, delta, qk, b, h, q_idx, kv_idx, scale, bindings, keep, SCORE_GRAD)
+        # dQ += dS K
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+        kv_start = next_start
+    return dq
+
+
+@triton.jit(do_not_specialize=["row_length", "Hq", "Sq", "Skv", "padded_Sq"])
+def dq_kernel(
+    q_pointer,  # [B, Hq, Sq, D]
+    k_pointer,  # [B, Hkv, Skv, D]
+    v_pointer,  # [B, Hkv, Skv, Dv]
+    dout_pointer,  # [B, Hq, Sq, Dv]
+    dq_pointer,  # [B, Hq, Sq, D]
+    lse_log2_pointer,  # [B, Hq, padded_Sq] f32, contiguous
+    delta_pointer,  # [B, Hq, padded_Sq] f32, contiguous
+    q_strides,
+    k_strides,
+    v_strides,
+    dout_strides,
+    dq_strides,
+    order_pointer,  # see map_row
+    count_pointer,
+    map_strides,
+    row_length,
+    Hq,
+    Sq,
+    Skv,
+    padded_Sq,
+    scale,
+    bindings,
+    MASK: tl.constexpr,
+    SCORE: tl.constexpr,
+    SCORE_GRAD: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    D_PAD: tl.constexpr,
+    DV_PAD: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    TILE_KV: tl.constexpr,
+    IS_EVEN_KV: tl.constexpr,  # no map tile hangs over the end of the keys
+    ALIGN: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dq of one query tile. Grid: as the forward."""
+    num_blocks = tl.cdiv(Sq, BLOCK_Q)
+    head = tl.program_id(0) // num_blocks
+    q_start = (num_blocks - 1 - tl.program_id(0) % num_blocks) * BLOCK_Q
+    b = head // Hq
+    h = head % Hq
+
+    # [BLOCK_Q, D_PAD] and [BLOCK_Q, DV_PAD]
+    q = load_tile(
+        head_pointer(q_pointer, q_strides, b, h, ALIGN), q_start, Sq, q_strides, BLOCK_Q, D, D_PAD, ALIGN, WIDE, True
+    )
+    dout = load_tile(
+        head_pointer(dout_pointer, dout_strides, b, h, ALIGN),
+        q_start,
+        Sq,
+        dout_strides,
+        BLOCK_Q,
+        DV,
+        DV_PAD,
+        ALIGN,
+        WIDE,
+        True,
+    )
+    # [BLOCK_Q, 1]
+    q_idx = q_start + tl.arange(0, BLOCK_Q)[:, None]
+    first_row = head.to(tl.int64) * padded_Sq
+    lse_log2 = tl.load(lse_log2_pointer + first_row + q_idx)
+    delta = tl.load(delta_pointer + first_row + q_idx)
+    row, num_masked, num_full = map_row(
+        order_pointer, count_pointer, map_strides, row_length, b, h, q_start // TILE_Q
+    )
+    masked_end = num_masked * (TILE_KV // BLOCK_KV)
+    full_end = masked_end + num_full * (TILE_KV // BLOCK_KV)
+
+    dq = tl.zeros([BLOCK_Q, D_PAD], tl.float32)
+    for IS_FULL in tl.static_range(2):
+        dq = dq_steps(
+            dq,
+            q,
+            dout,
+            lse_log2,
+            delta,
+            head_pointer(k_pointer, k_strides, b, h // G, ALIGN),
+            head_pointer(v_pointer, v_strides, b, h // G, ALIGN),
+            k_strides,
+            v_strides,
+            row,
+            masked_end if IS_FULL else 0,
+            full_end if IS_FULL else masked_end,
+            b,
+            h,
+            q_idx,
+            Skv,
+            scale,
+            bindings,
+            MASK,
+            SCORE,
+            SCORE_GRAD,
+            D,
+            DV,
+            D_PAD,
+            DV_PAD,
+            BLOCK_KV,
+            TILE_KV,
+            not IS_FULL,
+            IS_EVEN_KV,
+            ALIGN,
+            WIDE,
+            PRECISION,
+        )
+
+    store_tile(
+        head_pointer(dq_pointer, dq_strides, b, h, ALIGN),
+        dq * scale,
+        q_start,
+        Sq,
+        dq_strides,
+        BLOCK_Q,
+        D,
+        D_PAD,
+        ALIGN,
+        WIDE,
+    )

@@ -1,0 +1,188 @@
+"""Forward: one program per query tile, online softmax over the key tiles that its row of the map lists."""
+
+import triton
+import triton.language as tl
+
+from anymask.kernels.tile import (
+    LN_2,
+    LOG2_E,
+    changed_score,
+    head_pointer,
+    load_tile,
+    map_row,
+    step_start,
+    store_tile,
+)
+
+
+@triton.jit
+def softmax_steps(
+    acc,
+    row_max,
+    row_sum,
+    q,
+    k_pointer,
+    v_pointer,
+    k_strides,
+    v_strides,
+    row,
+    begin,
+    end,
+    b,
+    h,
+    q_idx,
+    Skv,
+    scale,
+    bindings,
+    MASK: tl.constexpr,
+    SCORE: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    D_PAD: tl.constexpr,
+    DV_PAD: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+    TILE_KV: tl.constexpr,
+    IS_MASKED: tl.constexpr,
+    IS_EVEN_KV: tl.constexpr,
+    ALIGN: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Steps begin .. end of a row: acc [BLOCK_Q, DV_PAD], row_max (base 2) and row_sum [BLOCK_Q] with their keys added."""
+    CHECK_KV: tl.constexpr = IS_MASKED and not IS_EVEN_KV
+    kv_start = step_start(row, begin, end, TILE_KV, BLOCK_KV)
+    for step in tl.range(begin, end):
+        next_start = step_start(row, step + 1, end, TILE_KV, BLOCK_KV)
+        k = load_tile(k_pointer, kv_start, Skv, k_strides, BLOCK_KV, D, D_PAD, ALIGN, WIDE, CHECK_KV)
+        # S = Q K^T    [BLOCK_Q, BLOCK_KV] f32
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        # [1, BLOCK_KV]
+        kv_idx = kv_start + tl.arange(0, BLOCK_KV)[None, :]
+        if SCORE is not None:
+            s = changed_score(s, b, h, q_idx, kv_idx, scale, bindings, SCORE)
+        if IS_MASKED:
+            keep = MASK(b, h, q_idx, kv_idx, bindings[0], bindings[1], bindings[2])
+            if CHECK_KV:
+                keep = keep & (kv_idx < Skv)
+            s = tl.where(keep, s, float("-inf"))
+        # [BLOCK_Q] f32, base 2; without a score function the scale (> 0) is applied inside exp2's multiply-add
+        factor = scale * LOG2_E if SCORE is None else 1.0
+        new_max = tl.maximum(row_max, tl.max(s, 1) * factor)
+        if IS_MASKED or SCORE is not None:
+            safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)  # a row without a key so far: exp2(-inf - 0) = 0
+        else:
+            safe_max = new_max
+        # P = exp2(S - max)    [BLOCK_Q, BLOCK_KV] f32
+        p = tl.exp2(s * factor - safe_max[:, None])
+        correction = tl.exp2(row_max - safe_max)
+        row_sum = row_sum * correction + tl.sum(p, 1)
+        row_max = new_max
+        acc = acc * correction[:, None]
+        v = load_tile(v_pointer, kv_start, Skv, v_strides, BLOCK_KV, DV, DV_PAD, ALIGN, WIDE, CHECK_KV)
+        # O += P V    [BLOCK_Q, DV_PAD] f32
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+        kv_start = next_start
+    return acc, row_max, row_sum
+
+
+@triton.jit(do_not_specialize=["row_length", "Hq", "Sq", "Skv"])
+def forward_kernel(
+    q_pointer,  # [B, Hq, Sq, D]
+    k_pointer,  # [B, Hkv, Skv, D]
+    v_pointer,  # [B, Hkv, Skv, Dv]
+    out_pointer,  # [B, Hq, Sq, Dv]
+    lse_pointer,  # [B, Hq, Sq] f32, contiguous
+    q_strides,
+    k_strides,
+    v_strides,
+    out_strides,
+    order_pointer,  # see map_row
+    count_pointer,
+    map_strides,
+    row_length,
+    Hq,
+    Sq,
+    Skv,
+    scale,
+    bindings,
+    MASK: tl.constexpr,
+    SCORE: tl.constexpr,  # None: the score is scale * qk, and scale > 0
+    G: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    D_PAD: tl.constexpr,
+    DV_PAD: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    TILE_KV: tl.constexpr,
+    IS_EVEN_KV: tl.constexpr,  # no map tile hangs over the end of the keys
+    ALIGN: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """out and lse of one query tile. Grid: the tiles of one head are neighbours, the last (heaviest if causal) first."""
+    num_blocks = tl.cdiv(Sq, BLOCK_Q)
+    head = tl.program_id(0) // num_blocks
+    q_start = (num_blocks - 1 - tl.program_id(0) % num_blocks) * BLOCK_Q
+    b = head // Hq
+    h = head % Hq
+
+    q = load_tile(
+        head_pointer(q_pointer, q_strides, b, h, ALIGN), q_start, Sq, q_strides, BLOCK_Q, D, D_PAD, ALIGN, WIDE, True
+    )
+    k_pointer = head_pointer(k_pointer, k_strides, b, h // G, ALIGN)
+    v_pointer = head_pointer(v_pointer, v_strides, b, h // G, ALIGN)
+    # [BLOCK_Q, 1]
+    q_idx = q_start + tl.arange(0, BLOCK_Q)[:, None]
+    row, num_masked, num_full = map_row(
+        order_pointer, count_pointer, map_strides, row_length, b, h, q_start // TILE_Q
+    )
+    masked_end = num_masked * (TILE_KV // BLOCK_KV)
+    full_end = masked_end + num_full * (TILE_KV // BLOCK_KV)
+
+    acc = tl.zeros([BLOCK_Q, DV_PAD], tl.float32)
+    row_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_Q], tl.float32)
+    for IS_FULL in tl.static_range(2):
+        acc, row_max, row_sum = softmax_steps(
+            acc,
+            row_max,
+            row_sum,
+            q,
+            k_pointer,
+            v_pointer,
+            k_strides,
+            v_strides,
+            row,
+            masked_end if IS_FULL else 0,
+            full_end if IS_FULL else masked_end,
+            b,
+            h,
+            q_idx,
+            Skv,
+            scale,
+            bindings,
+            MASK,
+            SCORE,
+            D,
+            DV,
+            D_PAD,
+            DV_PAD,
+            BLOCK_KV,
+            TILE_KV,
+            not IS_FULL,
+            IS_EVEN_KV,
+            ALIGN,
+            WIDE,
+            PRECISION,
+        )
+
+    has_key = row_sum > 0
+    acc = acc / tl.where(has_key, row_sum, 1.0)[:, None]
+    lse = tl.where(has_key, (row_max + tl.log2(row_sum)) * LN_2, float("-inf"))
+    store_tile(
+        head_pointer(out_pointer, out_strides, b, h, ALIGN), acc, q_start, Sq, out_strides, BLOCK_Q, DV, DV_PAD, ALIGN, WIDE
+    )
+    rows = q_start + tl.arange(0, BLOCK_Q)
+    tl.store(lse_pointer + head.to(tl.int64) * Sq + rows, lse, mask=rows < Sq)

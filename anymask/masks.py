@@ -1,0 +1,194 @@
+"""Masks as values: small expressions that compose with & | ^ ~ and know nothing of tensors' sizes.
+
+A mask says which query sees which key. Calling one with (b, h, q_idx, kv_idx) is how it is traced, so a Mask can be used
+inside a mask function of your own, and wherever a FlexAttention mask_mod is expected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anymask.errors import InputError, MaskError
+from anymask.expr.evaluate import evaluate
+from anymask.expr.mods import Mods, text_of
+from anymask.expr.trace import trace
+
+MaskFunction = Callable[[Any, Any, Any, Any], Any]
+PerBatch = int | Tensor  # one number for all sequences, or a tensor [B] with one each
+
+
+class Mask:
+    """A function (b, h, q_idx, kv_idx) -> bool that composes: a & b, a | b, a ^ b, ~a.
+
+    function: as for FlexAttention's mask_mod.  name: what repr() shows.
+    """
+
+    def __init__(self, function: MaskFunction, name: str):
+        self.function = function
+        self.name = name
+
+    def __call__(self, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return self.function(b, h, q_idx, kv_idx)
+
+    def __and__(self, other: MaskFunction) -> Mask:
+        other = from_function(other)
+        return Mask(lambda *index: self(*index) & other(*index), f"({self.name} & {other.name})")
+
+    def __or__(self, other: MaskFunction) -> Mask:
+        other = from_function(other)
+        return Mask(lambda *index: self(*index) | other(*index), f"({self.name} | {other.name})")
+
+    def __xor__(self, other: MaskFunction) -> Mask:
+        other = from_function(other)
+        return Mask(lambda *index: self(*index) ^ other(*index), f"({self.name} ^ {other.name})")
+
+    def __invert__(self) -> Mask:
+        return Mask(lambda *index: ~self(*index), f"~{self.name}")
+
+    def __bool__(self) -> bool:
+        raise MaskError(f"{self.name} is neither true nor false: join masks with & for and, | for or, ~ for not")
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def shift(self, q: PerBatch = 0, kv: PerBatch = 0) -> Mask:
+        """The mask with its index origins moved: row 0 and column 0 become what row q and column kv were.
+
+        For chunked prefill, where the queries start at position q of the sequence: causal().shift(q=start).
+        q, kv: a number, or a tensor [B] with one for each sequence.
+        """
+
+        def shifted(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+            return self(b, h, q_idx + _of(q, b), kv_idx + _of(kv, b))
+
+        return Mask(shifted, f"{self.name}.shift(q={_show(q)}, kv={_show(kv)})")
+
+    def to_dense(self, B: int, H: int, Sq: int, Skv: int, device: torch.device | str | None = None) -> Tensor:
+        """The mask as a bool tensor [B, H, Sq, Skv], True where the query sees the key: to look at, not to compute with.
+
+        device: of the captured tensors; None takes the first one's, or the CPU where there is none.
+        """
+        program = trace(self, None)
+        captures = program.bindings.captures
+        device = device or (captures[0].device if captures else "cpu")
+        mods = Mods.of(text_of(program.mask, program.score), program.bindings.ints, program.bindings.floats)
+        b, h, q_idx, kv_idx = (
+            torch.arange(size, device=device).view([-1 if i == axis else 1 for i in range(4)])
+            for axis, size in enumerate((B, H, Sq, Skv))
+        )
+        dense = evaluate(mods.mask, program.bindings, b=b, h=h, q_idx=q_idx, kv_idx=kv_idx)
+        return dense.expand(B, H, Sq, Skv).contiguous()
+
+
+def from_function(function: MaskFunction) -> Mask:
+    """The mask that a function (b, h, q_idx, kv_idx) -> bool computes. It runs anew at each use: what it captures counts then."""
+    if isinstance(function, Mask):
+        return function
+    if not callable(function):
+        raise MaskError(
+            f"a mask is a function (b, h, q_idx, kv_idx) -> bool or a Mask, got a {type(function).__name__}; "
+            "a bool tensor becomes one by mask_from(tensor)"
+        )
+    return Mask(function, getattr(function, "__name__", type(function).__name__))
+
+
+def mask_from(tensor: Tensor) -> Mask:
+    """The mask that a bool tensor holds. tensor: broadcastable to [B, Hq, Sq, Skv], True where the query sees the key."""
+    if tensor.dtype != torch.bool or tensor.dim() > 4:
+        raise InputError(
+            f"a mask tensor is bool and broadcastable to [B, Hq, Sq, Skv], got {tensor.dtype} {tuple(tensor.shape)}. "
+            "A float tensor that is added to the score belongs in score_mod: lambda s, b, h, q, k: s + bias[b, h, q, k]"
+        )
+
+    def at(*index: Any) -> Any:
+        aligned = index[4 - tensor.dim() :]
+        return tensor[tuple([0 if size == 1 else i for size, i in zip(tensor.shape, aligned, strict=True)])]
+
+    return Mask(at, f"mask_from({_show(tensor)})")
+
+
+def full() -> Mask:
+    """Every query sees every key."""
+    return Mask(lambda b, h, q_idx, kv_idx: torch.ones_like(b, dtype=torch.bool), "full()")
+
+
+def causal(offset: PerBatch = 0) -> Mask:
+    """Query i sees the keys up to i + offset. offset: a number, or a tensor [B].
+
+    0 aligns the first query with the first key (top-left). Where the queries are the last Sq of Skv tokens, as in decoding
+    with a cache, causal(offset=Skv - Sq) aligns the last ones (bottom-right), as FlashAttention's causal=True does.
+    """
+    return Mask(lambda b, h, q_idx, kv_idx: kv_idx <= q_idx + _of(offset, b), f"causal({_show(offset) if isinstance(offset, Tensor) or offset != 0 else ''})")
+
+
+def sliding_window(left: int | None, right: int | None) -> Mask:
+    """Query i sees the keys from i - left to i + right, itself included; None: no limit on that side.
+
+    As FlashAttention's window_size=(left, right). sliding_window(1023, 0) is the causal window of 1,024 tokens.
+    """
+
+    def window(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        sees = full()(b, h, q_idx, kv_idx)
+        if left is not None:
+            sees = sees & (q_idx - kv_idx <= left)
+        if right is not None:
+            sees = sees & (kv_idx - q_idx <= right)
+        return sees
+
+    return Mask(window, f"sliding_window({left}, {right})")
+
+
+def document(ids: Tensor | None = None, *, cu_seqlens: Tensor | None = None, total: int | None = None) -> Mask:
+    """Packed documents: a query sees the keys of its own document. Combine with causal().
+
+    ids: integers [S] or [B, S], in any order; a negative id is padding, which sees nothing and is seen by none.
+    cu_seqlens: instead of ids, the documents' bounds [n + 1], as FlashAttention's varlen functions take them; they become
+    ids here, once.  total: the sequence length that goes with it, tokens from cu_seqlens[-1] on being padding; without it the
+    length is read from cu_seqlens[-1], which on a GPU waits for the device.
+    """
+    if (ids is None) == (cu_seqlens is None):
+        raise InputError("document() takes either ids or cu_seqlens=")
+    if ids is None:
+        assert cu_seqlens is not None
+        length = int(cu_seqlens[-1]) if total is None else total
+        token = torch.arange(length, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+        ids = torch.searchsorted(cu_seqlens, token, right=True) - 1
+        ids = torch.where(token < cu_seqlens[-1], ids, -1).to(torch.int32)
+    elif ids.dim() not in (1, 2) or ids.is_floating_point():
+        raise InputError(f"document ids are integers [S] or [B, S], got {ids.dtype} {tuple(ids.shape)}")
+    of_token = ids
+
+    def same(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        q_id, kv_id = (of_token[b, i] if of_token.dim() == 2 else of_token[i] for i in (q_idx, kv_idx))
+        return (q_id == kv_id) & (q_id >= 0)
+
+    return Mask(same, f"document({_show(ids)})")
+
+
+def prefix_lm(prefix_len: PerBatch) -> Mask:
+    """All see the first prefix_len keys, the rest is causal (Raffel et al. 2020, T5). prefix_len: a number, or a tensor [B]."""
+    return Mask(
+        lambda b, h, q_idx, kv_idx: (kv_idx < _of(prefix_len, b)) | (kv_idx <= q_idx), f"prefix_lm({_show(prefix_len)})"
+    )
+
+
+def padding(lengths: Tensor) -> Mask:
+    """Keys from lengths[b] on are padding and seen by none. lengths: integers [B].
+
+    Padding queries still see keys; document() with negative ids also makes those rows empty.
+    """
+    return Mask(lambda b, h, q_idx, kv_idx: kv_idx < lengths[b], f"padding({_show(lengths)})")
+
+
+def _of(value: PerBatch, b: Any) -> Any:
+    return value[b] if isinstance(value, Tensor) and value.dim() == 1 else value
+
+
+def _show(value: PerBatch) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    return str(value)

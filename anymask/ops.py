@@ -1,0 +1,248 @@
+"""The torch.library ops: schemas, fakes and autograd. Torch-only at import; Triton is imported when a kernel is launched.
+
+    anymask::block_map   the program, sizes -> the tensors of a BlockMap
+    anymask::forward     q, k, v, the program, a map -> out, lse
+    anymask::backward    -> dq, dk, dv
+
+Ops carry text and tensors, never Python objects, so that a graph which holds them can be cached, replayed and shipped. What
+runs is decided inside by plan.choose, from the real sizes. A program is `text` (Mods.of) over captures, ints and floats.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anymask import eager, reference
+from anymask.blocks.block_map import BlockMap
+from anymask.blocks.build import build
+from anymask.errors import InputError
+from anymask.expr.bindings import Bindings
+from anymask.expr.mods import Mods
+from anymask.kernels.plan import Plan, arch_of, choose
+from anymask.problem import Problem, dense_like
+
+_LIBRARY = torch.library.Library("anymask", "DEF")
+_PROGRAM = "Tensor[] captures, SymInt[] ints, float[] floats, str text"
+_HOW = "Tensor[] blocks, int[] tile, float scale, str? backend, str? config, bool? deterministic"
+_LIBRARY.define(f"block_map({_PROGRAM}, SymInt B, SymInt H, SymInt Sq, SymInt Skv, int[] tile, Device device) -> Tensor[]")
+_LIBRARY.define(f"forward(Tensor q, Tensor k, Tensor v, {_PROGRAM}, {_HOW}) -> (Tensor, Tensor)")
+_LIBRARY.define(
+    "backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{_PROGRAM}, {_HOW}) -> (Tensor, Tensor, Tensor)"
+)
+
+block_map = torch.ops.anymask.block_map.default
+forward = torch.ops.anymask.forward.default
+backward = torch.ops.anymask.backward.default
+
+
+def _implements(op: str) -> Callable[[Any], Any]:
+    def register(function: Any) -> Any:
+        _LIBRARY.impl(op, function, "CompositeExplicitAutograd")
+        return function
+
+    return register
+
+
+@_implements("block_map")
+def _block_map(
+    captures: list[Tensor],
+    ints: list[int],
+    floats: list[float],
+    text: str,
+    B: int,
+    H: int,
+    Sq: int,
+    Skv: int,
+    tile: list[int],
+    device: torch.device,
+) -> list[Tensor]:
+    bindings = Bindings(tuple(captures), tuple(ints), tuple(floats))
+    mods = Mods.of(text, bindings.ints, bindings.floats)
+    check_reads(mods, bindings, {"b": B, "h": H, "q_idx": Sq, "kv_idx": Skv})
+    exact = None
+    if device.type == "cuda":
+        from anymask.kernels.launch import exact
+    tensors = build(mods.mask, bindings, B, H, Sq, Skv, device, (tile[0], tile[1]), exact).tensors
+    return [tensor.expand(*map_heads(text, B, H), -1, -1).contiguous() for tensor in tensors]
+
+
+@torch.library.register_fake("anymask::block_map")
+def _block_map_fake(
+    captures: list[Tensor],
+    ints: list[int],
+    floats: list[float],
+    text: str,
+    B: int,
+    H: int,
+    Sq: int,
+    Skv: int,
+    tile: list[int],
+    device: torch.device,
+) -> list[Tensor]:
+    B, H = map_heads(text, B, H)
+    nQ, nKV = (Sq + tile[0] - 1) // tile[0], (Skv + tile[1] - 1) // tile[1]
+    kinds = torch.empty(B, H, nQ, nKV, dtype=torch.int8, device=device)
+    lists = [(nQ, nKV), (nQ, 2), (nKV, nQ), (nKV, 2)]
+    return [kinds, *(torch.empty(B, H, *shape, dtype=torch.int32, device=device) for shape in lists)]
+
+
+def map_heads(text: str, B: int, H: int) -> tuple[int, int]:
+    """How many maps there are: one for all batches, or heads, where the mask's text does not read b, or h.
+
+    Decided from the text alone, so that neither shape nor sharing depends on the value of a captured number.
+    """
+    indices = Mods.unbound(text).mask.indices()
+    return (B if "b" in indices else 1), (H if "h" in indices else 1)
+
+
+def check_reads(mods: Mods, bindings: Bindings, sizes: dict[str, int]) -> None:
+    """Raise InputError where a bare index, as in ids[b, q_idx], runs past the captured tensor's size."""
+    for slot, dim, name in mods.bare_reads:
+        shape = bindings.captures[slot].shape
+        if sizes[name] > shape[dim]:
+            raise InputError(
+                f"the mask or score function reads a captured tensor of shape {tuple(shape)} at {name} in dimension {dim}, "
+                f"but {name} goes up to {sizes[name] - 1}: capture a tensor with {sizes[name]} entries there, or clamp the index"
+            )
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What the arguments of forward and backward stand for."""
+
+    mods: Mods
+    bindings: Bindings
+    blocks: BlockMap
+    plan: Plan
+
+    @staticmethod
+    def of(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        captures: list[Tensor],
+        ints: list[int],
+        floats: list[float],
+        text: str,
+        blocks: list[Tensor],
+        tile: list[int],
+        backend: str | None,
+        config: str | None,
+        deterministic: bool | None,
+    ) -> _Call:
+        problem = Problem.of(q, k, v)
+        bindings = Bindings(tuple(captures), tuple(ints), tuple(floats))
+        mods = Mods.of(text, bindings.ints, bindings.floats)
+        check_reads(mods, bindings, {"b": problem.B, "h": problem.Hq, "q_idx": problem.Sq, "kv_idx": problem.Skv})
+        tile_q, tile_kv = tile
+        plan = choose(
+            problem,
+            mods,
+            (tile_q, tile_kv),
+            arch=arch_of(problem.device),
+            backend=backend,
+            config=None if config is None else json.loads(config),
+            deterministic=deterministic,
+        )
+        return _Call(mods, bindings, BlockMap.from_tensors(blocks, problem.Sq, problem.Skv, (tile_q, tile_kv)), plan)
+
+
+@_implements("forward")
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captures: list[Tensor],
+    ints: list[int],
+    floats: list[float],
+    text: str,
+    blocks: list[Tensor],
+    tile: list[int],
+    scale: float,
+    backend: str | None,
+    config: str | None,
+    deterministic: bool | None,
+) -> tuple[Tensor, Tensor]:
+    call = _Call.of(q, k, v, captures, ints, floats, text, blocks, tile, backend, config, deterministic)
+    if call.plan.backend == "triton":
+        from anymask.kernels import launch
+
+        return launch.forward(q, k, v, call.mods, call.bindings, call.blocks, call.plan, scale)
+    if call.plan.backend == "eager":
+        return eager.forward(q, k, v, call.mods, call.bindings, call.blocks, scale)
+    return reference.forward(q, k, v, call.mods, call.bindings, scale)
+
+
+@torch.library.register_fake("anymask::forward")
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *program_and_how: Any) -> tuple[Tensor, Tensor]:
+    B, Hq, Sq, _ = q.shape
+    return dense_like(q, v.shape[3]), q.new_empty(B, Hq, Sq, dtype=torch.float32)
+
+
+@_implements("backward")
+def _backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    captures: list[Tensor],
+    ints: list[int],
+    floats: list[float],
+    text: str,
+    blocks: list[Tensor],
+    tile: list[int],
+    scale: float,
+    backend: str | None,
+    config: str | None,
+    deterministic: bool | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    call = _Call.of(q, k, v, captures, ints, floats, text, blocks, tile, backend, config, deterministic)
+    if call.plan.backend == "triton":
+        from anymask.kernels import launch
+
+        return launch.backward(dout, dlse, q, k, v, out, lse, call.mods, call.bindings, call.blocks, call.plan, scale)
+    if call.plan.backend == "eager":
+        return eager.backward(dout, dlse, q, k, v, out, lse, call.mods, call.bindings, call.blocks, scale)
+    return reference.backward(dout, dlse, q, k, v, call.mods, call.bindings, scale)
+
+
+@torch.library.register_fake("anymask::backward")
+def _backward_fake(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return dense_like(q, q.shape[3]), dense_like(k, k.shape[3]), dense_like(v, v.shape[3])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, captures, ints, floats, text, blocks, *how = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, *output, *captures, *blocks)
+    ctx.num_captures, ctx.program, ctx.how = len(captures), (ints, floats, text), how
+
+
+def _autograd(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+    q, k, v, out, lse, *rest = ctx.saved_tensors
+    captures, blocks = rest[: ctx.num_captures], rest[ctx.num_captures :]
+    if dout is None:
+        dout = torch.zeros_like(out)
+    gradients = backward(dout, dlse, q, k, v, out, lse, captures, *ctx.program, blocks, *ctx.how)
+    return (*gradients, *map(_no_gradient, (captures, *ctx.program, blocks, *ctx.how)))
+
+
+def _no_gradient(argument: Any) -> Any:
+    """None in the structure that torch.library wants: a list of None for a list of tensors, and [] for any empty list."""
+    is_list = isinstance(argument, list) and all(isinstance(x, Tensor) for x in argument)
+    return [None] * len(argument) if is_list else None
+
+
+torch.library.register_autograd("anymask::forward", _autograd, setup_context=_setup_context)

@@ -1,0 +1,226 @@
+"""Compile every kernel ahead of time, on a machine without a GPU, and print what each one takes on each architecture.
+
+    python benchmarks/aot.py            every mask and score function of the zoo, dtypes, head dims and architectures
+    python benchmarks/aot.py --sample   a covering sample, about half a minute
+
+Exits with 1 where a kernel does not compile, or needs more shared memory than the device has or than plan.py estimates.
+The arguments are those that launch.py passes: its launches are recorded instead of run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from anymask.expr.mods import Mods, text_of
+from anymask.expr.trace import trace
+from anymask.kernels import launch
+from anymask.kernels.configs import SHARED_LIMITS, Tiles
+from anymask.kernels.plan import Plan, choose, family_of, padded, shared_memory
+from anymask.problem import Problem
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from cases import MASKS, SCORES, Sizes
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_86": GPUTarget("cuda", 86, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
+DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
+KERNELS = ("forward", "delta", "dkdv", "dq", "classify")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One mask and one score function of the zoo ("" for none), dtype and head dims, for one architecture."""
+
+    mask: str
+    score: str
+    dtype: str
+    D: int
+    Dv: int
+    arch: str
+    Sq: int = 1024  # a multiple of the tile: kernels drop their tail tests
+    kernels: tuple[str, ...] = KERNELS
+    tile: int = 128
+
+
+@dataclass(frozen=True)
+class Row:
+    job: Job
+    kernel: str
+    tiles: Tiles | None
+    registers: int
+    spills: int  # bytes on NVIDIA, registers on AMD
+    shared: int
+    estimate: int | None  # of shared memory, by plan.py
+    error: str = ""
+
+    @property
+    def is_good(self) -> bool:
+        limit = SHARED_LIMITS[family_of(self.job.arch)]
+        return not self.error and self.shared <= (limit if self.estimate is None else min(limit, self.estimate))
+
+
+def full_jobs() -> Iterator[Job]:
+    for arch in ARCHS:
+        for mask in MASKS:
+            yield Job(mask, "", "bf16", 64, 64, arch, Sq=1000)
+        for score in SCORES:
+            yield Job("causal_top_left", score, "bf16", 128, 128, arch, Sq=1000)
+        for dtype in DTYPES:
+            for D, Dv in ((8, 8), (40, 40), (64, 64), (128, 128), (256, 256), (192, 128), (64, 256), (256, 16)):
+                yield Job("documents_causal", "", dtype, D, Dv, arch)
+    for arch in TARGETS:
+        for D in (64, 256):
+            yield Job("documents_causal", "capped", "bf16", D, D, arch, Sq=1000, tile=16)
+
+
+def sample_jobs() -> Iterator[Job]:
+    """Each architecture, mask, score function, dtype and padded head dim at least once, each only in some kernels."""
+    yield Job("documents_causal", "", "bf16", 128, 128, "sm_90")
+    yield Job("block_diffusion", "capped_and_biased", "f16", 64, 64, "sm_80", Sq=1000)
+    yield Job("bit_table", "", "bf16", 256, 256, "sm_90", kernels=("forward", "dkdv"))
+    yield Job("tree", "", "f32", 64, 64, "sm_90", kernels=("forward",))
+    yield Job("causal_window", "polynomial", "bf16", 40, 96, "sm_100", kernels=("forward", "dkdv"))
+    yield Job("mode_1", "", "bf16", 64, 64, "gfx942", kernels=("forward", "dq", "classify"))
+    yield Job("neighbourhood_2d", "", "f16", 8, 8, "sm_86", kernels=("dq", "classify"), tile=16)
+
+
+def compile_job(job: Job) -> list[Row]:
+    """Compile the kernels of a job; an error is a row."""
+    sizes = Sizes(B=2, H=4, Sq=job.Sq, Skv=job.Sq)
+    program = trace(MASKS[job.mask](sizes), SCORES[job.score](sizes) if job.score else None, torch.device("cpu"))
+    bindings = program.bindings
+    mods = Mods.of(text_of(program.mask, program.score), bindings.ints, bindings.floats)
+    dtype = DTYPES[job.dtype]
+    q, k, v, dout = (
+        torch.empty(2, heads, job.Sq, D, dtype=dtype)
+        for heads, D in ((4, job.D), (2, job.D), (2, job.Dv), (4, job.Dv))
+    )
+    out, lse = torch.empty_like(dout), torch.empty(2, 4, job.Sq)
+    problem = Problem.of(q, k, v)
+    tile = (job.tile, job.tile)
+    plan = choose(problem, mods, tile, arch=job.arch, backend="triton")
+    blocks = _empty_map(-(-job.Sq // job.tile), tile)
+    with Recorder() as recorder:
+        launch.forward(q, k, v, mods, bindings, blocks, plan, 0.125)
+        launch.backward(dout, None, q, k, v, out, lse, mods, bindings, blocks, plan, 0.125)
+        launch.exact(blocks.kinds, mods.mask, bindings, job.Sq, job.Sq, tile)
+    return [_compile(job, plan, name, *recorder.calls[name]) for name in job.kernels]
+
+
+class Recorder:
+    """Within it, a launch only notes down its arguments: calls[name] = (kernel, args, kwargs)."""
+
+    def __init__(self) -> None:
+        self.kernels = {name: getattr(launch, f"{name}_kernel") for name in KERNELS}
+        self.calls: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {}
+
+    def __enter__(self) -> Recorder:
+        for name, kernel in self.kernels.items():
+
+            def note(*args: Any, grid: Any, warmup: bool, name: str = name, kernel: Any = kernel, **kwargs: Any) -> None:
+                self.calls[name] = (kernel, args, kwargs)
+
+            kernel.run = note
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for kernel in self.kernels.values():
+            del kernel.run
+
+
+def _compile(job: Job, plan: Plan, name: str, kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Row:
+    tiles = getattr(plan, name, None)
+    itemsize = DTYPES[job.dtype].itemsize
+    arithmetic = "half" if itemsize == 2 else plan.precision
+    estimate = shared_memory(name, tiles, padded(job.D), padded(job.Dv), itemsize, arithmetic) if tiles else None
+    target = TARGETS[job.arch]
+    backend = make_backend(target)
+    bound, specialization, options = create_function_from_signature(kernel.signature, kernel.params, backend)(
+        *args, **kwargs
+    )
+    options, signature, constexprs, attrs = kernel._pack_args(backend, kwargs, bound, specialization, options)
+    try:
+        source = ASTSource(kernel, signature, constexprs, attrs)
+        compiled = triton.compile(source, target=target, options=options.__dict__)
+        registers, spills = resources(compiled, target)
+    except Exception as error:
+        return Row(job, name, tiles, 0, 0, 0, estimate, f"{type(error).__name__}: {error}"[-300:].replace("\n", " "))
+    return Row(job, name, tiles, registers, spills, compiled.metadata.shared, estimate)
+
+
+def resources(compiled: Any, target: GPUTarget) -> tuple[int, int]:
+    """Registers per thread, and what is spilled (bytes on NVIDIA, registers on AMD)."""
+    if target.backend == "hip":
+        text = compiled.asm["amdgcn"]
+        spills = re.search(r"\.vgpr_spill_count:\s*(\d+)", text)
+        return int(re.search(r"\.vgpr_count:\s*(\d+)", text)[1]), int(spills[1]) if spills else 0
+    ptx = compiled.asm["ptx"]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.ptx")
+        path.write_text(ptx)
+        arch = re.search(r"\.target (\w+)", ptx)[1]
+        command = [get_ptxas(target.arch).path, "-v", f"--gpu-name={arch}", str(path), "-o", f"{folder}/cubin"]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return int(re.search(r"Used (\d+) registers", log)[1]), int(re.search(r"(\d+) bytes spill stores", log)[1])
+
+
+def _empty_map(num_tiles: int, tile: tuple[int, int]) -> Any:
+    order = torch.empty(2, 4, num_tiles, num_tiles, dtype=torch.int32)
+    count = torch.empty(2, 4, num_tiles, 2, dtype=torch.int32)
+    return SimpleNamespace(
+        tile=tile, kinds=order.to(torch.int8), kv_order=order, kv_count=count, q_order=order, q_count=count
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sample", action="store_true", help="a covering sample")
+    parser.add_argument("--only", default="", help="jobs whose printed line matches this regular expression")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    options = parser.parse_args()
+    jobs = [job for job in (sample_jobs if options.sample else full_jobs)() if re.search(options.only, repr(job))]
+    head = f"{'arch':7} {'dtype':5} {'D':>3} {'Dv':>3} {'mask':26} {'score':18} {'kernel':8} {'tiles':30}"
+    print(f"{head} {'regs':>4} {'spills':>6} {'shared':>7} {'estimate':>8}")
+    bad = 0
+    with ProcessPoolExecutor(options.jobs) as pool:
+        for rows in pool.map(compile_job, jobs):
+            for row in rows:
+                job = row.job
+                print(
+                    f"{job.arch:7} {job.dtype:5} {job.D:3} {job.Dv:3} {job.mask:26} {job.score:18} {row.kernel:8} "
+                    f"{row.tiles or '-'!s:30} {row.registers:4} {row.spills:6} {row.shared:7} {row.estimate or '-':>8} "
+                    f"{'' if row.is_good else 'BAD ' + row.error}",
+                    flush=True,
+                )
+                bad += not row.is_good
+    print(f"{len(jobs)} jobs, {bad} bad rows")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,554 @@
+"""AnyMask and its peers on one NVIDIA GPU: each result checked against float64, then timed.
+
+    python benchmarks/gpu.py [group ...] [--out FILE.jsonl]        # --help lists the groups; all by default
+
+Writes one JSON row per work and implementation, and prints a table at the end.
+
+benchmarks/README.md says how work is counted and what each field means.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from anymask import alibi, attention, block_map, causal, document, from_function, sliding_window, softcap
+
+DEVICE, DTYPE = "cuda", torch.bfloat16
+# Largest error, in errors of plain torch in the same dtype: over a whole tensor, and over 128 rows of it, where plain
+# torch's own largest error scatters more. The second finds a lost tile among small gradients.
+ERROR_BUDGET, TILE_BUDGET = 2.0, 8.0
+TENSORS = ("out", "dq", "dk", "dv")
+
+
+class Wrong(Exception):
+    """A result that is further from float64 than the budget allows. It is not timed."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One work. visible and score say in plain torch what mask and score_mod say to AnyMask."""
+
+    work: str
+    B: int
+    Hq: int
+    Hkv: int
+    S: int
+    D: int
+    pairs: int  # visible (query, key) pairs of one head of one sequence
+    mask: Any = None
+    visible: Callable | None = None  # (b, h, q_idx, kv_idx) -> bool
+    score_mod: Any = None
+    score: Callable | None = None  # (score, b, h, q_idx, kv_idx) -> score
+    has_sdpa: bool = False  # SDPA has this mask as a flag: full or causal
+
+    @property
+    def flop(self) -> int:
+        """Of the forward. The backward counts 2.5 times as much."""
+        return 4 * self.B * self.Hq * self.D * self.pairs
+
+
+# ---- the works: lengths and seeds of ../shared/peers/peers.py
+
+
+def is_causal(b, h, q_idx, kv_idx):
+    return q_idx >= kv_idx
+
+
+def causal_case(work: str, B: int, Hq: int, Hkv: int, S: int, D: int, **kw) -> Case:
+    return Case(work, B, Hq, Hkv, S, D, S * (S + 1) // 2, causal(), is_causal, **kw)
+
+
+def dense() -> Iterator[Case]:
+    for D in (128, 64):
+        for S in (2048, 8192):
+            B, H = 16384 // S, 2048 // D
+            yield Case(f"full_D{D}_S{S}", B, H, H, S, D, S * S, has_sdpa=True)
+            yield causal_case(f"causal_D{D}_S{S}", B, H, H, S, D, has_sdpa=True)
+
+
+def gqa() -> Iterator[Case]:
+    yield causal_case("gqa32_8_causal_D128_S8192", 2, 32, 8, 8192, 128, has_sdpa=True)
+
+
+def document_lengths(S: int) -> list[int]:
+    """Lognormal lengths that sum to S: 14 documents for the sizes used here."""
+    generator = torch.Generator().manual_seed(0)
+    lengths: list[int] = []
+    while sum(lengths) < S:
+        length = torch.empty(1).log_normal_(math.log(S // 16), 0.8, generator=generator)
+        lengths.append(max(16, int(length.item())))
+    lengths[-1] -= sum(lengths) - S
+    return [n for n in lengths if n > 0]
+
+
+def document_ids(lengths: list[int]) -> torch.Tensor:
+    return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(DEVICE)
+
+
+def documents_case(S: int) -> Case:
+    lengths = document_lengths(S)
+    doc = document_ids(lengths)
+    return Case(
+        f"document_causal_D128_S{S}_n{len(lengths)}",
+        *(1, 16, 16, S, 128),
+        pairs=sum(n * (n + 1) // 2 for n in lengths),
+        mask=causal() & document(doc),
+        visible=lambda b, h, q_idx, kv_idx: (doc[q_idx] == doc[kv_idx]) & (q_idx >= kv_idx),
+    )
+
+
+def documents() -> Iterator[Case]:
+    yield documents_case(16384)
+    yield documents_case(65536)
+
+
+def mode1_case(S: int) -> Case:
+    """Every fourth document sees everything, the others themselves."""
+    lengths = document_lengths(S)
+    doc = document_ids(lengths)
+    eq = torch.where(doc % 4 == 0, doc, -1 - doc).int()
+
+    def visible(b, h, q_idx, kv_idx):
+        return (eq[q_idx] >= 0) | (eq[q_idx] == eq[kv_idx])
+
+    pairs = sum(n * (S if i % 4 == 0 else n) for i, n in enumerate(lengths))
+    return Case(f"mode1_documents_D128_S{S}", 1, 16, 16, S, 128, pairs, from_function(visible), visible)
+
+
+def mode1() -> Iterator[Case]:
+    yield mode1_case(16384)
+    yield mode1_case(65536)
+
+
+def window() -> Iterator[Case]:
+    S, W = 32768, 1024
+    yield Case(
+        f"window{W}_causal_D128_S{S}",
+        *(1, 16, 16, S, 128),
+        pairs=sum(min(i + 1, W) for i in range(S)),
+        mask=sliding_window(W - 1, 0),
+        visible=lambda b, h, q_idx, kv_idx: (q_idx >= kv_idx) & (q_idx - kv_idx < W),
+    )
+
+
+def scores() -> Iterator[Case]:
+    size = (2, 16, 16, 8192, 128)
+    slopes = torch.exp2(-torch.arange(1, 17, device=DEVICE) * 8.0 / 16)
+    yield causal_case(
+        "alibi_causal_D128_S8192",
+        *size,
+        score_mod=alibi(slopes),
+        score=lambda s, b, h, q_idx, kv_idx: s + slopes[h] * (kv_idx - q_idx),
+    )
+    yield causal_case(
+        "softcap_causal_D128_S8192",
+        *size,
+        score_mod=softcap(20.0),
+        score=lambda s, b, h, q_idx, kv_idx: 20 * torch.tanh(s / 20),
+    )
+
+
+CASES = {f.__name__: f for f in (dense, gqa, documents, mode1, window, scores)}
+
+
+# ---- the implementations: Case -> fn(q, k, v) -> out, or None where one has no such mask
+
+
+def provide_anymask(case: Case) -> Callable:
+    return lambda q, k, v: attention(q, k, v, mask=case.mask, score_mod=case.score_mod, backend="triton")
+
+
+def provide_flex(case: Case) -> Callable:
+    blocks = None
+    if case.visible is not None:
+        blocks = create_block_mask(case.visible, None, None, case.S, case.S, device=DEVICE)
+    flex = torch.compile(flex_attention, dynamic=False)
+    is_grouped = case.Hq != case.Hkv
+    return lambda q, k, v: flex(q, k, v, score_mod=case.score, block_mask=blocks, enable_gqa=is_grouped)
+
+
+def provide_sdpa_cudnn(case: Case) -> Callable | None:
+    if not case.has_sdpa:
+        return None
+    flags = {"is_causal": case.visible is not None, "enable_gqa": case.Hq != case.Hkv}
+
+    def run(q, k, v):
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return F.scaled_dot_product_attention(q, k, v, **flags)
+
+    return run
+
+
+PROVIDERS = {"flex": provide_flex, "anymask": provide_anymask, "sdpa_cudnn": provide_sdpa_cudnn}
+
+
+# ---- the check
+
+
+def make_inputs(case: Case) -> list[torch.Tensor]:
+    """q, k, v, which require grad, and dout: [B, H, S, D]."""
+    torch.manual_seed(0)
+    heads = (case.Hq, case.Hkv, case.Hkv, case.Hq)
+    inputs = [torch.randn(case.B, H, case.S, case.D, device=DEVICE, dtype=DTYPE) for H in heads]
+    for x in inputs[:3]:
+        x.requires_grad_()
+    return inputs
+
+
+def plain(case: Case, inputs: list[torch.Tensor], b: int, kv_head: int, dtype: torch.dtype, chunk: int = 1024) -> dict:
+    """Plain torch attention and its gradients, for sequence b and the query heads of one kv_head.
+
+    Works on `chunk` query rows at a time, so that memory grows with S and not with its square. Products
+    are in dtype, the softmax in float32 or float64, as model code writes it. In float64 this is the truth.
+    Returns float64 tensors out, dq [G, S, D] and dk, dv [S, D].
+    """
+    q, k, v, dout = inputs
+    softmax_dtype = torch.promote_types(dtype, torch.float32)
+    G = case.Hq // case.Hkv
+    # float64 leaves, so that gradients add up over chunks and heads without rounding
+    k_leaf, v_leaf = (x.detach()[b, kv_head].double().requires_grad_() for x in (k, v))
+    kv_idx = torch.arange(case.S, device=q.device)
+    out, dq = (torch.empty(G, case.S, case.D, device=q.device, dtype=torch.float64) for _ in range(2))
+    for g in range(G):
+        h, pairs = kv_head * G + g, 0
+        for start in range(0, case.S, chunk):
+            rows = slice(start, min(start + chunk, case.S))
+            q_leaf = q.detach()[b, h, rows].double().requires_grad_()
+            q_idx = kv_idx[rows, None]
+            # [chunk, S]
+            score = (q_leaf.to(dtype) @ k_leaf.to(dtype).T).to(softmax_dtype) * case.D**-0.5
+            if case.score is not None:
+                score = case.score(score, b, h, q_idx, kv_idx)
+            if case.visible is not None:
+                visible = case.visible(b, h, q_idx, kv_idx)
+                score = score.masked_fill(~visible, -math.inf)
+                pairs += int(visible.sum())
+            else:
+                pairs += score.numel()
+            result = score.softmax(-1).to(dtype) @ v_leaf.to(dtype)
+            result.backward(dout[b, h, rows].to(dtype))
+            out[g, rows], dq[g, rows] = result.detach().double(), q_leaf.grad
+        assert pairs == case.pairs, f"{case.work} counts {case.pairs} visible pairs, the mask has {pairs}"
+    rounded = lambda x: x.to(dtype).double()
+    return {"out": out, "dq": dq, "dk": rounded(k_leaf.grad), "dv": rounded(v_leaf.grad)}
+
+
+class Gate:
+    """Holds results against float64 on the first and the last head, all rows and keys of them."""
+
+    def __init__(self, case: Case, inputs: list[torch.Tensor]):
+        self.G = case.Hq // case.Hkv
+        self.heads = sorted({(0, 0), (case.B - 1, case.Hkv - 1)})
+        self.exact = [plain(case, inputs, *head, torch.float64) for head in self.heads]
+        low = [plain(case, inputs, *head, DTYPE) for head in self.heads]
+        self.plain_errors = {x: self.tile_errors(x, low) for x in TENSORS}
+        self.refuse_corruption()
+
+    def tile_errors(self, name: str, results: list[dict]) -> torch.Tensor:
+        """[num_heads, num_tiles]: the largest error of each 128 rows of each head checked."""
+        errors = []
+        for result, exact in zip(results, self.exact, strict=True):
+            rows = (result[name].double() - exact[name]).abs().amax(-1)
+            padded = F.pad(rows.reshape(-1, rows.shape[-1]), (0, -rows.shape[-1] % 128))
+            errors.append(padded.unflatten(-1, (-1, 128)).amax(-1))
+        return torch.cat(errors)
+
+    def judge(self, results: list[dict]) -> dict[str, dict]:
+        """The largest error of each tensor, and its ratio to plain torch's. Raises Wrong over a budget, or at a NaN."""
+        errors, ratios = {}, {}
+        for name in TENSORS:
+            tiles, plain_tiles = self.tile_errors(name, results), self.plain_errors[name]
+            errors[name] = tiles.max().item()
+            ratios[name] = round(errors[name] / plain_tiles.max().item(), 3)
+            if not ratios[name] <= ERROR_BUDGET:
+                raise Wrong(f"{name} is off by {errors[name]:.3g}, {ratios[name]} times as much as plain torch")
+            if not (tiles <= TILE_BUDGET * plain_tiles).all():
+                raise Wrong(f"{name} is off in {int((~(tiles <= TILE_BUDGET * plain_tiles)).sum())} tiles of 128 rows")
+        return {"max_error": errors, "error_over_plain": ratios}
+
+    def check(self, out: torch.Tensor, grads: tuple[torch.Tensor, ...]) -> dict[str, dict]:
+        """out [B, Hq, S, D] and (dq, dk, dv) of one implementation, whole."""
+        dq, dk, dv = grads
+        results = []
+        for b, kv_head in self.heads:
+            group = slice(kv_head * self.G, (kv_head + 1) * self.G)
+            results.append(
+                {"out": out.detach()[b, group], "dq": dq[b, group], "dk": dk[b, kv_head], "dv": dv[b, kv_head]}
+            )
+        return self.judge(results)
+
+    def refuse_corruption(self) -> None:
+        """The gate's own test: with sixteen rows of any one tensor lost it must say Wrong."""
+        self.judge(self.exact)
+        for name in TENSORS:
+            corrupt = [dict(result) for result in self.exact]
+            corrupt[-1][name] = corrupt[-1][name].clone()
+            corrupt[-1][name][..., -16:, :] = 0
+            try:
+                self.judge(corrupt)
+            except Wrong:
+                continue
+            raise AssertionError(f"the check lets a corrupted {name} pass")
+
+
+# ---- measuring
+
+
+def timed(fn: Callable) -> tuple[Any, float]:
+    """fn's result and the seconds of this one call."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    result = fn()
+    torch.cuda.synchronize()
+    return result, round(time.perf_counter() - start, 3)
+
+
+def median(fn: Callable) -> tuple[float, list[float]]:
+    """Median and [20th, 80th percentile] in ms."""
+    middle, low, high = triton.testing.do_bench(fn, warmup=25, rep=100, quantiles=[0.5, 0.2, 0.8])
+    return round(middle, 4), [round(low, 4), round(high, 4)]
+
+
+def peak_mib(fn: Callable) -> float:
+    """The most GPU memory that fn holds at one time beyond what was there before, its results included."""
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    fn()
+    torch.cuda.synchronize()
+    return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+
+
+def measure(case: Case, fn: Callable, inputs: list[torch.Tensor], gate: Gate) -> dict:
+    *qkv, dout = inputs
+
+    def backward(out):
+        return torch.autograd.grad(out, qkv, dout, retain_graph=True)
+
+    out, first_fwd = timed(lambda: fn(*qkv))
+    grads, first_bwd = timed(lambda: backward(out))
+    errors = gate.check(out, grads)
+    del out, grads
+    row = {
+        **errors,
+        "first_fwd_s": first_fwd,
+        "first_bwd_s": first_bwd,
+        "peak_extra_mib": peak_mib(lambda: backward(fn(*qkv))),
+    }
+    row["fwd_ms"], row["fwd_spread_ms"] = median(lambda: fn(*qkv))
+    out = fn(*qkv)
+    row["bwd_ms"], row["bwd_spread_ms"] = median(lambda: backward(out))
+    row["fwd_tflops"] = round(case.flop / row["fwd_ms"] * 1e-9, 1)
+    row["bwd_tflops"] = round(2.5 * case.flop / row["bwd_ms"] * 1e-9, 1)
+    return row
+
+
+def reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"[:400]
+
+
+def run_case(case: Case) -> list[dict]:
+    """One row for each implementation that has the work; `failed` says why one was not timed."""
+    inputs = make_inputs(case)
+    try:
+        gate = Gate(case, inputs)
+    except Exception as error:
+        return [{"work": case.work, "impl": impl, "failed": f"no reference: {reason(error)}"} for impl in PROVIDERS]
+    rows = []
+    for impl, provide in PROVIDERS.items():
+        row = {"work": case.work, "impl": impl}
+        try:
+            fn = provide(case)
+            if fn is None:
+                continue
+            row.update(measure(case, fn, inputs, gate))
+        except Exception as error:
+            row["failed"] = reason(error)
+        rows.append(row)
+        torch.cuda.empty_cache()
+    torch._dynamo.reset()
+    flex = rows[0]
+    for row in rows:
+        for time_of in ("fwd_ms", "bwd_ms"):
+            if time_of in row and time_of in flex:
+                row[f"{time_of[:3]}_speed_over_flex"] = round(flex[time_of] / row[time_of], 3)
+    return rows
+
+
+def brute_force_kinds(case: Case, tile: int) -> torch.Tensor:
+    """[S / tile, S / tile] int8: 0 empty, 1 partial, 2 full, by looking at every pair."""
+    kv_idx = torch.arange(case.S, device=DEVICE)
+    rows = []
+    for start in range(0, case.S, tile):
+        # [num_kv, tile, tile]
+        pairs = case.visible(0, 0, kv_idx[start : start + tile, None], kv_idx).view(tile, -1, tile).transpose(0, 1)
+        rows.append(pairs.flatten(1).any(1).to(torch.int8) + pairs.flatten(1).all(1).to(torch.int8))
+    return torch.stack(rows)
+
+
+def maps() -> list[dict]:
+    """What a mask costs before the first attention call: documents + causal, tiles of 128."""
+    rows = []
+    for S in (16384, 65536):
+        case = documents_case(S)
+        doc = document_ids(document_lengths(S))
+
+        def ours(doc=doc, S=S):
+            doc.add_(0)  # a captured tensor that was written to: no cached map is served
+            return block_map(causal() & document(doc), 1, 1, S, S, device=DEVICE, tile=128)
+
+        def flex(case=case, S=S):
+            return create_block_mask(case.visible, None, None, S, S, device=DEVICE)
+
+        kinds = brute_force_kinds(case, 128)
+        # FlexAttention's dense form says visited or not
+        for impl, make, wanted in (("flex", flex, (kinds > 0).int()), ("anymask", ours, kinds.int())):
+            row = {"work": f"map_of_{case.work}", "impl": impl}
+            try:
+                blocks, row["first_s"] = timed(make)
+                if not torch.equal(blocks.to_dense()[0, 0].int(), wanted):
+                    raise Wrong("the map differs from brute force")
+                del blocks
+                row["peak_extra_mib"] = peak_mib(make)
+                row["ms"], row["spread_ms"] = median(make)
+            except Exception as error:
+                row["failed"] = reason(error)
+            rows.append(row)
+            torch.cuda.empty_cache()
+    return rows
+
+
+def first_call() -> list[dict]:
+    """First call of a mask no cache knows, and the same in a second process, which finds the first one's files."""
+    rows = []
+    for impl in ("flex", "anymask"):
+        with tempfile.TemporaryDirectory() as folder:
+            env = {
+                **os.environ,
+                "TRITON_CACHE_DIR": f"{folder}/triton",
+                "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
+            }
+            for cache in ("cold", "warm"):
+                row = {"work": "first_call_document_causal_D128_S16384", "impl": impl, "cache": cache}
+                command = [sys.executable, __file__, "--first-call-of", impl]
+                answer = subprocess.run(command, env=env, capture_output=True, text=True)
+                if answer.returncode == 0:
+                    row.update(json.loads(answer.stdout.splitlines()[-1]))
+                else:
+                    row["failed"] = answer.stderr.strip()[-400:]
+                rows.append(row)
+    return rows
+
+
+def first_call_of(impl: str) -> None:
+    """In a process of its own, libraries imported and CUDA awake: trace, map, compile and run, then the backward."""
+    case = documents_case(16384)
+    inputs = make_inputs(case)
+    *qkv, dout = inputs
+    out, forward_s = timed(lambda: PROVIDERS[impl](case)(*qkv))
+    grads, backward_s = timed(lambda: torch.autograd.grad(out, qkv, dout))
+    Gate(case, inputs).check(out, grads)
+    print(json.dumps({"first_fwd_s": forward_s, "first_bwd_s": backward_s}))
+
+
+# ---- rows
+
+
+def shell(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def environment() -> dict:
+    folder = str(Path(__file__).parent)
+    commit = shell("git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*")
+    driver = shell("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return {
+        "commit": os.environ.get("ANYMASK_COMMIT", commit),
+        "gpu": torch.cuda.get_device_name(),
+        "driver": driver.split("\n")[0],
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+    }
+
+
+def line_of(row: dict) -> str:
+    start = f"{row['work']:<40} {row['impl']:<11}"
+    if "failed" in row:
+        return f"{start} {row['failed']}"
+    if "fwd_ms" not in row:
+        return f"{start} " + "  ".join(f"{key} {value}" for key, value in row.items() if key not in ("work", "impl"))
+    ratios = [f"{row.get(f'{side}_speed_over_flex', math.nan):5.2f}" for side in ("fwd", "bwd")]
+    return (
+        f"{start} {row['fwd_ms']:9.3f} {row['bwd_ms']:9.3f} {row['fwd_tflops']:8.1f} {row['bwd_tflops']:7.1f} "
+        f"{ratios[0]:>8} {ratios[1]:>6} {max(row['error_over_plain'].values()):8.2f} {row['peak_extra_mib']:9.1f}"
+    )
+
+
+HEADER = (
+    f"{'work':<40} {'impl':<11} {'fwd ms':>9} {'bwd ms':>9} {'TFLOP/s':>8} {'bwd':>7} "
+    f"{'x flex':>8} {'bwd':>6} {'err':>8} {'peak MiB':>9}"
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    groups = [*CASES, "maps", "first_call"]
+    parser.add_argument("groups", nargs="*", metavar="group", help=f"which works: {', '.join(groups)}; all by default")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "gpu.jsonl")
+    parser.add_argument("--first-call-of", choices=PROVIDERS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if unknown := set(arguments.groups) - set(groups):
+        parser.error(f"no group {', '.join(sorted(unknown))}; there are {', '.join(groups)}")
+    if not torch.cuda.is_available():
+        parser.error("this benchmark needs an NVIDIA GPU")
+    if arguments.first_call_of:
+        return first_call_of(arguments.first_call_of)
+
+    common = environment()
+    print(json.dumps(common), flush=True)
+    rows: list[dict] = []
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    with arguments.out.open("w") as file:
+
+        def keep(new: list[dict]) -> None:
+            for row in new:
+                print(line_of(row), flush=True)
+                file.write(json.dumps({**row, **common}) + "\n")
+            file.flush()
+            rows.extend(new)
+
+        for group in arguments.groups or groups:
+            if group in CASES:
+                for case in CASES[group]():
+                    keep(run_case(case))
+            else:
+                keep({"maps": maps, "first_call": first_call}[group]())
+    print(f"\n{HEADER}")
+    for row in rows:
+        print(line_of(row))
+    failed = [row for row in rows if "failed" in row and row["impl"] == "anymask"]
+    if failed:
+        raise SystemExit(f"{len(failed)} rows of AnyMask failed")
+
+
+if __name__ == "__main__":
+    main()

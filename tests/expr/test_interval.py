@@ -1,0 +1,218 @@
+"""Bounds hold at every position of every tile, for random expressions over every Op."""
+
+from __future__ import annotations
+
+import math
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+
+from anymask.expr import interval
+from anymask.expr.bindings import Bindings
+from anymask.expr.evaluate import evaluate
+from anymask.expr.interval import Bounds, Grid, tile_bounds
+from anymask.expr.ir import SCORE, DType, Expr, Op, apply, cast, const, index
+
+BOOL, INT32, INT64, FLOAT = DType
+FUNCTIONS = (
+    *(Op.EXP, Op.EXP2, Op.LOG, Op.LOG2, Op.LOG1P, Op.SQRT, Op.RSQRT, Op.TANH, Op.SIGMOID, Op.ERF, Op.SIN, Op.COS),
+    *(Op.FLOOR, Op.CEIL),
+)
+ARITHMETIC = (Op.ADD, Op.SUB, Op.MUL, Op.FLOORDIV, Op.MOD, Op.MIN, Op.MAX)
+OPERATIONS = {
+    BOOL: {2: (Op.AND, Op.OR, Op.XOR, Op.MIN, Op.MAX), 1: (Op.NOT,)},
+    INT32: {2: (*ARITHMETIC, Op.SHL, Op.SHR, Op.AND, Op.OR, Op.XOR), 1: (Op.NEG, Op.ABS, Op.NOT, Op.SIGN)},
+    FLOAT: {2: (*ARITHMETIC, Op.DIV, Op.POW), 1: (Op.NEG, Op.ABS, Op.SIGN, *FUNCTIONS)},
+}
+OPERATIONS[INT64] = OPERATIONS[INT32]
+COMPARE = (Op.EQ, Op.NE, Op.LT, Op.LE)
+LOADS = {INT32: (0, 1), FLOAT: (1, 2), BOOL: (2, 2), INT64: (3, 1)}  # slot and rank
+CONSTANTS = {
+    BOOL: st.booleans(),
+    INT32: st.sampled_from([-(2**31), -7, -2, -1, 0, 1, 2, 3, 5, 8, 30, 2**31 - 1]),
+    INT64: st.sampled_from([-(2**63), -(2**33), -3, -1, 0, 1, 2, 4, 40, 2**62, 2**63 - 1]),
+    FLOAT: st.sampled_from(
+        [-math.inf, -2.5, -1.0, -0.0, 0.0, 1e-200, 0.1, 0.5, 1.0, 2.0, 3.0, 1e30, math.inf, math.nan]
+    ),
+}
+NUMBERS = {"ints": (3, -4), "floats": (0.75, -2.0)}
+
+
+@st.composite
+def expressions(draw: st.DrawFn, dtype: DType, depth: int = 3) -> Expr:
+    """A random expression of dtype over all ops; captured tensors are those of `bindings`."""
+
+    def some(of: DType) -> Expr:
+        return draw(expressions(of, depth - 1))
+
+    if depth == 0:
+        kinds = ["index"] * 6 + ["const", "number"]
+    else:
+        kinds = ["binary"] * 4 + ["compare"] * 6 * (dtype is BOOL) + ["unary", "unary", "where", "cast", "load", "same"]
+    kind = draw(st.sampled_from(kinds))
+    if kind == "number" and dtype is not BOOL:
+        return Expr.of(Op.NUMBER, dtype, (), draw(st.integers(0, 1)))
+    if kind == "index":
+        return cast(index(draw(st.sampled_from([*["q_idx", "kv_idx"] * 3, "b", "h"]))), dtype)
+    if kind == "load":
+        slot, rank = LOADS[dtype]
+        return Expr.of(Op.LOAD, dtype, tuple(some(INT32) for _ in range(rank)), slot)
+    if kind == "cast":
+        return cast(some(draw(st.sampled_from(list(DType)))), dtype)
+    if kind == "where":
+        return apply(Op.WHERE, some(BOOL), some(dtype), some(dtype))
+    if kind == "compare":
+        of = draw(st.sampled_from(list(DType)))
+        return apply(draw(st.sampled_from(COMPARE)), some(of), some(of))
+    if kind == "same" and dtype is not BOOL:
+        arg = some(dtype)
+        return apply(Op.MUL, arg, arg)
+    if kind == "unary":
+        return apply(draw(st.sampled_from(OPERATIONS[dtype][1])), some(dtype))
+    if kind == "binary":
+        return apply(draw(st.sampled_from(OPERATIONS[dtype][2])), some(dtype), some(dtype))
+    return const(draw(CONSTANTS[dtype]), dtype)
+
+
+def bindings(seed: int) -> Bindings:
+    """Captured tensors for each slot of LOADS, extreme values among them."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(-3, 4, (7,), generator=generator, dtype=torch.int32).sort().values
+    floats = torch.randn(5, 6, generator=generator, dtype=torch.float64)
+    floats[0, :4] = torch.tensor([0.0, math.inf, math.nan, -1e-300])
+    bools = torch.rand(6, 9, generator=generator) < 0.5
+    wide = torch.randint(-(2**40), 2**40, (9,), generator=generator)
+    wide[0] = -(2**63)
+    return Bindings((ids, floats, bools, wide), **NUMBERS)
+
+
+@st.composite
+def grids(draw: st.DrawFn) -> Grid:
+    """Ragged grids, some with tiles larger than the lengths."""
+    sizes = [draw(st.integers(1, high)) for high in (2, 2, 13, 13)]
+    tile = draw(st.sampled_from([(4, 4), (3, 5), (1, 2), (16, 3)]))
+    return Grid(*sizes, tile, torch.device("cpu"))
+
+
+def dense(expr: Expr, bound: Bindings, grid: Grid, **options: object) -> torch.Tensor:
+    """The value at every position, [B, H, Sq, Skv]."""
+    sizes = (grid.B, grid.H, grid.Sq, grid.Skv)
+    lines = [torch.arange(n).view([-1 if i == axis else 1 for i in range(4)]) for axis, n in enumerate(sizes)]
+    indices = dict(zip(("b", "h", "q_idx", "kv_idx"), lines, strict=True))
+    return evaluate(expr, bound, **indices, **options).expand(sizes)  # type: ignore[arg-type]
+
+
+def at_positions(bounds: Bounds, grid: Grid) -> list[torch.Tensor]:
+    """lo and hi of the tile of each position, [B, H, Sq, Skv]."""
+    q_block, kv_block = torch.arange(grid.Sq) // grid.tile[0], torch.arange(grid.Skv) // grid.tile[1]
+    return [x.expand(grid.shape)[:, :, q_block][..., kv_block] for x in bounds]
+
+
+def check(value: torch.Tensor, bounds: Bounds, grid: Grid) -> None:
+    lo, hi = at_positions(bounds, grid)
+    if value.dtype is torch.bool:
+        assert not bool((lo & ~value).any()), "lo claims True"
+        assert not bool((value & ~hi).any()), "hi claims False"
+        return
+    is_anything = lo.isnan()
+    assert torch.equal(is_anything, hi.isnan())
+    assert bool((is_anything | ((lo <= value) & (value <= hi))).all())
+
+
+@pytest.mark.parametrize("dtype", DType)
+@hypothesis.settings(max_examples=150, deadline=None)
+@hypothesis.given(data=st.data())
+def test_bounds_hold_at_every_position(dtype: DType, data: st.DataObject) -> None:
+    grid = data.draw(grids())
+    expr = data.draw(expressions(dtype))
+    bound = bindings(data.draw(st.integers(0, 9)))
+    check(dense(expr, bound, grid), tile_bounds(expr, bound, grid), grid)
+
+
+Q, KV = index("q_idx"), index("kv_idx")
+GRID = Grid(1, 1, 12, 14, (4, 5), torch.device("cpu"))
+
+
+def shifted(dtype: DType, by: int) -> tuple[Expr, Expr]:
+    return cast(Q, dtype), apply(Op.SUB, cast(KV, dtype), const(by, dtype))
+
+
+@pytest.mark.parametrize("dtype", [INT32, INT64, FLOAT])
+@pytest.mark.parametrize("by", [-3, 6])
+def test_every_operation_of_two_axes(dtype: DType, by: int) -> None:
+    """Each op once with operands that surely mix the axes; FLOAT ones also as float32 kernels compute them."""
+    q, kv = shifted(dtype, by)
+    mixed = apply(Op.SUB, q, kv)
+    results = [apply(op, q, kv) for op in (*OPERATIONS[dtype][2], *COMPARE)]
+    results += [apply(op, kv, q) for op in OPERATIONS[dtype][2]]
+    results += [apply(op, mixed) for op in OPERATIONS[dtype][1]]
+    results += [apply(Op.WHERE, apply(Op.LT, q, kv), q, kv)] + [cast(mixed, other) for other in DType]
+    results += [apply(op, mixed, const(n, dtype)) for op in OPERATIONS[dtype][2] for n in (-2, 0, 2, 3, 7)]
+    for expr in results:
+        bounds = tile_bounds(expr, Bindings(), GRID)
+        check(dense(expr, Bindings(), GRID), bounds, GRID)
+        if expr.dtype is FLOAT:
+            check(dense(expr, Bindings(), GRID, dtype=torch.float32).double(), bounds, GRID)
+
+
+def test_every_op_has_a_rule() -> None:
+    assert interval.RULES.keys() | interval.EXACT | interval.UNBOUNDED == set(Op)
+
+
+def bounds_of(expr: Expr, grid: Grid, bound: Bindings | None = None) -> list[list[list[int]]]:
+    return [x.expand(grid.shape)[0, 0].tolist() for x in tile_bounds(expr, bound or Bindings(), grid)]
+
+
+def test_values_of_one_axis_are_exact() -> None:
+    """A table and a remainder are bounded by the values that occur in the tile, ragged end included."""
+    grid = Grid(1, 1, 6, 1, (4, 4), torch.device("cpu"))
+    table = torch.tensor([5, 7, 6, 5, -1, -1, 99], dtype=torch.int32)
+    assert bounds_of(Expr.of(Op.LOAD, INT32, (Q,), 0), grid, Bindings((table,))) == [[[5], [-1]], [[7], [-1]]]
+    assert bounds_of(apply(Op.MOD, Q, const(4, INT32)), grid) == [[[0], [0]], [[3], [1]]]
+
+
+def test_remainder_is_sharp_within_a_period() -> None:
+    grid = Grid(1, 1, 4, 8, (4, 4), torch.device("cpu"))
+    remainder = apply(Op.MOD, apply(Op.ADD, Q, KV), const(8, INT32))
+    assert bounds_of(remainder, grid) == [[[0, 0]], [[6, 7]]]
+
+
+def test_overflow_is_the_full_range() -> None:
+    grid = Grid(1, 1, 2, 2, (2, 2), torch.device("cpu"))
+    for dtype, high in ((INT32, 2**31 - 1), (INT64, 2**63 - 1)):
+        total = apply(Op.ADD, apply(Op.SUB, const(high, dtype), cast(Q, dtype)), cast(KV, dtype))
+        assert bounds_of(total, grid) == [[[-high - 1]], [[high]]]
+
+
+def test_squares_are_not_negative() -> None:
+    """So a circular neighbourhood, sqrt(dx * dx) < R, is decided far from its rim."""
+    grid = Grid(1, 1, 8, 8, (4, 4), torch.device("cpu"))
+    difference = cast(apply(Op.SUB, Q, KV), FLOAT)
+    near = apply(Op.LT, apply(Op.SQRT, apply(Op.MUL, difference, difference)), const(4.0, FLOAT))
+    assert bounds_of(near, grid)[0] == [[True, False], [False, True]]
+
+
+def test_nan_leaves_comparisons_undecided() -> None:
+    grid = Grid(1, 1, 4, 4, (4, 4), torch.device("cpu"))
+    difference = cast(apply(Op.SUB, Q, KV), FLOAT)
+    zero = apply(Op.MUL, difference, const(0.0, FLOAT))
+    nans = [
+        apply(Op.LOG, difference),
+        apply(Op.SQRT, difference),
+        apply(Op.DIV, difference, difference),
+        apply(Op.MUL, difference, const(math.inf, FLOAT)),
+        apply(Op.SUB, apply(Op.DIV, const(1.0, FLOAT), zero), apply(Op.DIV, const(1.0, FLOAT), zero)),
+        apply(Op.ADD, SCORE, difference),
+    ]
+    for nan in nans:
+        for comparison in (apply(op, nan, const(-1e30, FLOAT)) for op in COMPARE):
+            assert bounds_of(comparison, grid) == [[[False]], [[True]]]
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 0, 5), (1, 1, 5, 0), (0, 2, 5, 5), (2, 0, 5, 5)])
+def test_nothing_to_bound(sizes: tuple[int, int, int, int]) -> None:
+    grid = Grid(*sizes, (4, 4), torch.device("cpu"))
+    mask = apply(Op.LE, apply(Op.ADD, index("b"), KV), apply(Op.ADD, index("h"), Q))
+    assert all(x.expand(grid.shape).numel() == 0 for x in tile_bounds(mask, Bindings(), grid))
