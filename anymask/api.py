@@ -58,9 +58,7 @@ def attention(
     Returns out [B, Hq, Sq, Dv] in q's dtype, or (out, lse). A row that sees no key has out 0, lse -inf and gradients 0.
     Raises InputError, MaskError or UnsupportedError.
     """
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    q, k, v = _autocast(q, k, v)
     problem = Problem.of(q, k, v)
     if block_map is None:
         program = _trace(mask, score_mod, problem.device)
@@ -105,6 +103,14 @@ def block_map(
         raise InputError(f"sizes must not be negative and tiles positive, got {B=} {H=} {Sq=} {Skv=} {tile=}")
     device = torch.empty(0, device=device).device  # "cuda" -> "cuda:0", as tensors have it
     return _find_map(_trace(mask, None, device), B, H, Sq, Skv, tile, device)
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """As autocast does for matmul: float tensors in its dtype, where it is on."""
+    device_type = getattr(getattr(tensors[0], "device", None), "type", "cpu")
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(device_type)) for tensor in tensors)
 
 
 def _config_text(config: Mapping[str, Config | Mapping[str, int]]) -> str:

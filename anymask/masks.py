@@ -24,36 +24,37 @@ PerBatch = int | Tensor  # one number for all sequences, or a tensor [B] with on
 class Mask:
     """A function (b, h, q_idx, kv_idx) -> bool that composes: a & b, a | b, a ^ b, ~a.
 
-    function: as for FlexAttention's mask_mod.  name: what repr() shows.
+    function: as for FlexAttention's mask_mod.  name, parameters: what repr() shows.
     """
 
-    def __init__(self, function: MaskFunction, name: str):
+    def __init__(self, function: MaskFunction, name: str, *parameters: Any):
         self.function = function
         self.name = name
+        self.parameters = parameters  # put into words only by repr(): under torch.compile a number may be symbolic
 
     def __call__(self, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
         return self.function(b, h, q_idx, kv_idx)
 
     def __and__(self, other: MaskFunction) -> Mask:
-        other = from_function(other)
-        return Mask(lambda *index: self(*index) & other(*index), f"({self.name} & {other.name})")
+        return Mask(lambda *index: self(*index) & other(*index), "&", self, from_function(other))
 
     def __or__(self, other: MaskFunction) -> Mask:
-        other = from_function(other)
-        return Mask(lambda *index: self(*index) | other(*index), f"({self.name} | {other.name})")
+        return Mask(lambda *index: self(*index) | other(*index), "|", self, from_function(other))
 
     def __xor__(self, other: MaskFunction) -> Mask:
-        other = from_function(other)
-        return Mask(lambda *index: self(*index) ^ other(*index), f"({self.name} ^ {other.name})")
+        return Mask(lambda *index: self(*index) ^ other(*index), "^", self, from_function(other))
 
     def __invert__(self) -> Mask:
-        return Mask(lambda *index: ~self(*index), f"~{self.name}")
+        return Mask(lambda *index: ~self(*index), "~", self)
 
     def __bool__(self) -> bool:
-        raise MaskError(f"{self.name} is neither true nor false: join masks with & for and, | for or, ~ for not")
+        raise MaskError(f"{self} is neither true nor false: join masks with & for and, | for or, ~ for not")
 
     def __repr__(self) -> str:
-        return self.name
+        words = [_show(parameter) for parameter in self.parameters]
+        if self.name in "&|^":
+            return f"({f' {self.name} '.join(words)})"
+        return f"~{words[0]}" if self.name == "~" else f"{self.name}({', '.join(words)})"
 
     def shift(self, q: PerBatch = 0, kv: PerBatch = 0) -> Mask:
         """The mask with its index origins moved: row 0 and column 0 become what row q and column kv were.
@@ -65,7 +66,7 @@ class Mask:
         def shifted(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
             return self(b, h, q_idx + _of(q, b), kv_idx + _of(kv, b))
 
-        return Mask(shifted, f"{self.name}.shift(q={_show(q)}, kv={_show(kv)})")
+        return Mask(shifted, "shift", self, q, kv)
 
     def to_dense(self, B: int, H: int, Sq: int, Skv: int, device: torch.device | str | None = None) -> Tensor:
         """The mask as a bool tensor [B, H, Sq, Skv], True where the query sees the key: to look at, not to compute with.
@@ -93,7 +94,7 @@ def from_function(function: MaskFunction) -> Mask:
             f"a mask is a function (b, h, q_idx, kv_idx) -> bool or a Mask, got a {type(function).__name__}; "
             "a bool tensor becomes one by mask_from(tensor)"
         )
-    return Mask(function, getattr(function, "__name__", type(function).__name__))
+    return Mask(function, "from_function", function)
 
 
 def mask_from(tensor: Tensor) -> Mask:
@@ -108,12 +109,12 @@ def mask_from(tensor: Tensor) -> Mask:
         aligned = index[4 - tensor.dim() :]
         return tensor[tuple([0 if size == 1 else i for size, i in zip(tensor.shape, aligned, strict=True)])]
 
-    return Mask(at, f"mask_from({_show(tensor)})")
+    return Mask(at, "mask_from", tensor)
 
 
 def full() -> Mask:
     """Every query sees every key."""
-    return Mask(lambda b, h, q_idx, kv_idx: torch.ones_like(b, dtype=torch.bool), "full()")
+    return Mask(lambda b, h, q_idx, kv_idx: torch.ones_like(b, dtype=torch.bool), "full")
 
 
 def causal(offset: PerBatch = 0) -> Mask:
@@ -122,7 +123,7 @@ def causal(offset: PerBatch = 0) -> Mask:
     0 aligns the first query with the first key (top-left). Where the queries are the last Sq of Skv tokens, as in decoding
     with a cache, causal(offset=Skv - Sq) aligns the last ones (bottom-right), as FlashAttention's causal=True does.
     """
-    return Mask(lambda b, h, q_idx, kv_idx: kv_idx <= q_idx + _of(offset, b), f"causal({_show(offset) if isinstance(offset, Tensor) or offset != 0 else ''})")
+    return Mask(lambda b, h, q_idx, kv_idx: kv_idx <= q_idx + _of(offset, b), "causal", offset)
 
 
 def sliding_window(left: int | None, right: int | None) -> Mask:
@@ -139,7 +140,7 @@ def sliding_window(left: int | None, right: int | None) -> Mask:
             sees = sees & (kv_idx - q_idx <= right)
         return sees
 
-    return Mask(window, f"sliding_window({left}, {right})")
+    return Mask(window, "sliding_window", left, right)
 
 
 def document(ids: Tensor | None = None, *, cu_seqlens: Tensor | None = None, total: int | None = None) -> Mask:
@@ -166,14 +167,12 @@ def document(ids: Tensor | None = None, *, cu_seqlens: Tensor | None = None, tot
         q_id, kv_id = (of_token[b, i] if of_token.dim() == 2 else of_token[i] for i in (q_idx, kv_idx))
         return (q_id == kv_id) & (q_id >= 0)
 
-    return Mask(same, f"document({_show(ids)})")
+    return Mask(same, "document", ids)
 
 
 def prefix_lm(prefix_len: PerBatch) -> Mask:
     """All see the first prefix_len keys, the rest is causal (Raffel et al. 2020, T5). prefix_len: a number, or a tensor [B]."""
-    return Mask(
-        lambda b, h, q_idx, kv_idx: (kv_idx < _of(prefix_len, b)) | (kv_idx <= q_idx), f"prefix_lm({_show(prefix_len)})"
-    )
+    return Mask(lambda b, h, q_idx, kv_idx: (kv_idx < _of(prefix_len, b)) | (kv_idx <= q_idx), "prefix_lm", prefix_len)
 
 
 def padding(lengths: Tensor) -> Mask:
@@ -181,14 +180,14 @@ def padding(lengths: Tensor) -> Mask:
 
     Padding queries still see keys; document() with negative ids also makes those rows empty.
     """
-    return Mask(lambda b, h, q_idx, kv_idx: kv_idx < lengths[b], f"padding({_show(lengths)})")
+    return Mask(lambda b, h, q_idx, kv_idx: kv_idx < lengths[b], "padding", lengths)
 
 
 def _of(value: PerBatch, b: Any) -> Any:
     return value[b] if isinstance(value, Tensor) and value.dim() == 1 else value
 
 
-def _show(value: PerBatch) -> str:
+def _show(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
-    return str(value)
+    return getattr(value, "__name__", str(value))

@@ -21,7 +21,7 @@ from torch import Tensor
 from anymask import eager, reference
 from anymask.blocks.block_map import BlockMap
 from anymask.blocks.build import build
-from anymask.errors import InputError
+from anymask.errors import InputError, UnsupportedError
 from anymask.expr.bindings import Bindings
 from anymask.expr.mods import Mods
 from anymask.kernels.plan import Plan, arch_of, choose
@@ -246,3 +246,10 @@ def _no_gradient(argument: Any) -> Any:
 
 
 torch.library.register_autograd("anymask::forward", _autograd, setup_context=_setup_context)
+
+
+def _no_second_derivative(ctx: Any, *gradients: Any) -> Any:
+    raise UnsupportedError("attention() has no second derivative; the reference for one is plain torch on a small problem")
+
+
+torch.library.register_autograd("anymask::backward", _no_second_derivative)

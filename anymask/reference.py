@@ -30,7 +30,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv in the dtypes of q, k, v for the gradients dout of out and dlse (None: 0) of lse."""
     P, _, S, mask = _probabilities(q, k, mods, bindings, scale)
-    B, Hkv, Skv = k.shape[:3]
+    B, Hkv, Skv, _ = k.shape
     dO, K, V = dout.double(), _heads(k, q), _heads(v, q)
     # dV = P^T dO
     dV = P.mT @ dO
@@ -46,7 +46,7 @@ def backward(
     # dQ = dS K * scale, dK = dS^T Q * scale
     dQ = dS @ K * scale
     dK = dS.mT @ q.double() * scale
-    dK, dV = (x.view(B, Hkv, -1, Skv, x.shape[-1]).sum(2) for x in (dK, dV))
+    dK, dV = (x.view(B, Hkv, q.shape[1] // Hkv, Skv, x.shape[-1]).sum(2) for x in (dK, dV))
     return dQ.to(q.dtype), dK.to(k.dtype), dV.to(v.dtype)
 
 

@@ -16,20 +16,21 @@ ScoreFunction = Callable[[Any, Any, Any, Any, Any], Any]
 class ScoreMod:
     """A function of the scaled score q . k * scale. softcap(50.0).then(alibi(slopes)) caps first and adds the bias after."""
 
-    def __init__(self, function: ScoreFunction, name: str):
+    def __init__(self, function: ScoreFunction, name: str, *parameters: Any):
         self.function = function
         self.name = name
+        self.parameters = parameters
 
     def __call__(self, score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
         return self.function(score, b, h, q_idx, kv_idx)
 
     def then(self, other: ScoreFunction) -> ScoreMod:
         """This one first, other on its result. other: a ScoreMod or a plain function."""
-        name = getattr(other, "name", getattr(other, "__name__", type(other).__name__))
-        return ScoreMod(lambda score, *index: other(self(score, *index), *index), f"{self.name}.then({name})")
+        return ScoreMod(lambda score, *index: other(self(score, *index), *index), "then", self, other)
 
     def __repr__(self) -> str:
-        return self.name
+        words = [getattr(x, "__name__", str(x)) for x in self.parameters]
+        return f"{words[0]}.then({words[1]})" if self.name == "then" else f"{self.name}({', '.join(words)})"
 
 
 def alibi(slopes: Tensor) -> ScoreMod:
@@ -41,11 +42,11 @@ def alibi(slopes: Tensor) -> ScoreMod:
         slope = slopes[h] if slopes.dim() == 1 else slopes[b, h]
         return score + slope * (kv_idx - q_idx)
 
-    return ScoreMod(biased, f"alibi({list(slopes.shape)})")
+    return ScoreMod(biased, "alibi", list(slopes.shape))
 
 
 def softcap(cap: float) -> ScoreMod:
     """cap * tanh(score / cap): scores stay between -cap and cap (Gemma 2). cap > 0."""
     if not cap > 0:
         raise InputError(f"softcap needs a cap above 0, got {cap}")
-    return ScoreMod(lambda score, b, h, q_idx, kv_idx: cap * torch.tanh(score / cap), f"softcap({cap})")
+    return ScoreMod(lambda score, b, h, q_idx, kv_idx: cap * torch.tanh(score / cap), "softcap", cap)

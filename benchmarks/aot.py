@@ -32,8 +32,8 @@ from triton.runtime.jit import create_function_from_signature
 from anymask.expr.mods import Mods, text_of
 from anymask.expr.trace import trace
 from anymask.kernels import launch
-from anymask.kernels.configs import SHARED_LIMITS, Tiles
-from anymask.kernels.plan import Plan, choose, family_of, padded, shared_memory
+from anymask.kernels.configs import SHARED_LIMITS, Config
+from anymask.kernels.plan import Need, Plan, choose, family_of, shared_memory
 from anymask.problem import Problem
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -71,7 +71,7 @@ class Job:
 class Row:
     job: Job
     kernel: str
-    tiles: Tiles | None
+    config: Config | None
     registers: int
     spills: int  # bytes on NVIDIA, registers on AMD
     shared: int
@@ -117,8 +117,7 @@ def compile_job(job: Job) -> list[Row]:
     mods = Mods.of(text_of(program.mask, program.score), bindings.ints, bindings.floats)
     dtype = DTYPES[job.dtype]
     q, k, v, dout = (
-        torch.empty(2, heads, job.Sq, D, dtype=dtype)
-        for heads, D in ((4, job.D), (2, job.D), (2, job.Dv), (4, job.Dv))
+        torch.empty(2, heads, job.Sq, D, dtype=dtype) for heads, D in ((4, job.D), (2, job.D), (2, job.Dv), (4, job.Dv))
     )
     out, lse = torch.empty_like(dout), torch.empty(2, 4, job.Sq)
     problem = Problem.of(q, k, v)
@@ -129,7 +128,8 @@ def compile_job(job: Job) -> list[Row]:
         launch.forward(q, k, v, mods, bindings, blocks, plan, 0.125)
         launch.backward(dout, None, q, k, v, out, lse, mods, bindings, blocks, plan, 0.125)
         launch.exact(blocks.kinds, mods.mask, bindings, job.Sq, job.Sq, tile)
-    return [_compile(job, plan, name, *recorder.calls[name]) for name in job.kernels]
+    need = Need.of(problem, mods, family_of(job.arch))
+    return [_compile(job, plan, need, name, *recorder.calls[name]) for name in job.kernels]
 
 
 class Recorder:
@@ -142,7 +142,9 @@ class Recorder:
     def __enter__(self) -> Recorder:
         for name, kernel in self.kernels.items():
 
-            def note(*args: Any, grid: Any, warmup: bool, name: str = name, kernel: Any = kernel, **kwargs: Any) -> None:
+            def note(
+                *args: Any, grid: Any, warmup: bool, name: str = name, kernel: Any = kernel, **kwargs: Any
+            ) -> None:
                 self.calls[name] = (kernel, args, kwargs)
 
             kernel.run = note
@@ -153,11 +155,11 @@ class Recorder:
             del kernel.run
 
 
-def _compile(job: Job, plan: Plan, name: str, kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Row:
-    tiles = getattr(plan, name, None)
-    itemsize = DTYPES[job.dtype].itemsize
-    arithmetic = "half" if itemsize == 2 else plan.precision
-    estimate = shared_memory(name, tiles, padded(job.D), padded(job.Dv), itemsize, arithmetic) if tiles else None
+def _compile(
+    job: Job, plan: Plan, need: Need, name: str, kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Row:
+    config = getattr(plan, name, None)
+    estimate = shared_memory(name, config, need) if config else None
     target = TARGETS[job.arch]
     backend = make_backend(target)
     bound, specialization, options = create_function_from_signature(kernel.signature, kernel.params, backend)(
@@ -169,8 +171,8 @@ def _compile(job: Job, plan: Plan, name: str, kernel: Any, args: tuple[Any, ...]
         compiled = triton.compile(source, target=target, options=options.__dict__)
         registers, spills = resources(compiled, target)
     except Exception as error:
-        return Row(job, name, tiles, 0, 0, 0, estimate, f"{type(error).__name__}: {error}"[-300:].replace("\n", " "))
-    return Row(job, name, tiles, registers, spills, compiled.metadata.shared, estimate)
+        return Row(job, name, config, 0, 0, 0, estimate, f"{type(error).__name__}: {error}"[-300:].replace("\n", " "))
+    return Row(job, name, config, registers, spills, compiled.metadata.shared, estimate)
 
 
 def resources(compiled: Any, target: GPUTarget) -> tuple[int, int]:
@@ -211,12 +213,10 @@ def main() -> int:
         for rows in pool.map(compile_job, jobs):
             for row in rows:
                 job = row.job
-                print(
-                    f"{job.arch:7} {job.dtype:5} {job.D:3} {job.Dv:3} {job.mask:26} {job.score:18} {row.kernel:8} "
-                    f"{row.tiles or '-'!s:30} {row.registers:4} {row.spills:6} {row.shared:7} {row.estimate or '-':>8} "
-                    f"{'' if row.is_good else 'BAD ' + row.error}",
-                    flush=True,
-                )
+                what = f"{job.arch:7} {job.dtype:5} {job.D:3} {job.Dv:3} {job.mask:26} {job.score:18} {row.kernel:8}"
+                takes = f"{row.registers:4} {row.spills:6} {row.shared:7} {row.estimate or '-':>8}"
+                verdict = "" if row.is_good else f"BAD {row.error}"
+                print(f"{what} {row.config or '-'!s:30} {takes} {verdict}", flush=True)
                 bad += not row.is_good
     print(f"{len(jobs)} jobs, {bad} bad rows")
     return 1 if bad else 0

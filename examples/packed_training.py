@@ -22,7 +22,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -288,17 +288,20 @@ def draw_losses(path: Path, losses: list[float]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for the pictures")
+    parser.add_argument("--steps", type=int, help=f"training steps: {CPU.steps} on a CPU, {GPU.steps} on a GPU")
     parser.add_argument("--measure", nargs=3, metavar=("IMPL", "IDS", "RESULT"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sizes = GPU if device == "cuda" else CPU
+    if arguments.steps:
+        sizes = replace(sizes, steps=arguments.steps)
     if arguments.measure:
         return measure(*arguments.measure, sizes, device)
 
     torch.manual_seed(0)
     arguments.out.mkdir(parents=True, exist_ok=True)
 
-    texts = source_files(longest=sizes.length // 2)
+    texts = source_files(longest=sizes.length // 4)
     tokens, ids = pack(texts, sizes.length)
     print(
         f"1. {len(texts)} Python files, {tokens.numel():,} bytes, packed in {len(tokens)} rows of {sizes.length} tokens"

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from cases import MASKS, SCORES, Sizes
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -17,6 +16,7 @@ from anymask.blocks.block_map import BlockMap
 from anymask.blocks.build import build
 from anymask.expr.mods import Mods, text_of
 from anymask.expr.trace import trace
+from tests.cases import MASKS, SCORES, Sizes
 
 # [B, Hq, Sq, d]: q, k, v and dout in four layouts, dout with d not innermost
 LAYOUTS = {"q": (0, 2, 1, 3), "k": (0, 1, 2, 3), "v": (2, 0, 1, 3), "dout": (0, 1, 3, 2)}
@@ -98,8 +98,10 @@ def check(case: Attention, tolerance: float = 2e-5) -> dict[str, Tensor]:
         result = results[name]
         assert result.dtype == (torch.float32 if name == "lse" else case.q.dtype)
         assert result.shape == expected.shape
-        scale = max(1.0, float(expected[expected.isfinite()].abs().amax())) if expected.numel() else 1.0
-        torch.testing.assert_close(result.double(), expected.double(), rtol=0, atol=tolerance * scale, msg=name.__add__)
+        largest = max([1.0, *expected[expected.isfinite()].abs().sort().values[-1:].tolist()])
+        torch.testing.assert_close(
+            result.double(), expected.double(), rtol=0, atol=tolerance * largest, msg=lambda text: f"{name}: {text}"
+        )
     return results
 
 
@@ -118,7 +120,7 @@ def test_every_score_function(name: str, mask: str | None) -> None:
 
 
 @pytest.mark.parametrize("mask", ["strided", "block_table", "mode_1", "window_per_head", "heads_differ"])
-@pytest.mark.parametrize("chunk_size", [1, 4000, 20000])
+@pytest.mark.parametrize("chunk_size", [1, 4000])
 def test_chunks_of_keys_heads_and_batches(monkeypatch: pytest.MonkeyPatch, chunk_size: int, mask: str) -> None:
     monkeypatch.setattr(eager, "CHUNK_SIZE", chunk_size)
     check(make(MASKS[mask](SIZES), SCORES["capped_and_biased"](SIZES)))
@@ -206,7 +208,7 @@ def plain(case: Attention) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_error_at_most_twice_that_of_plain_torch(dtype: torch.dtype) -> None:
-    case = make(causal(101 - 75), dtype=dtype)
+    case = make(causal(26), Sq=300, Skv=326, D=64, Dv=48, tile=(64, 64), dtype=dtype)
     case.dlse = None
     exact, ours, theirs = case.reference(), case.eager(), plain(case)
     for name, result in theirs.items():
@@ -264,11 +266,11 @@ class LargestStorage(TorchDispatchMode):
 @pytest.mark.parametrize(
     "mask", [None, causal(), lambda b, h, q, k: (q - k) % 128 < 64], ids=["none", "causal", "strided"]
 )
-@pytest.mark.parametrize("sizes", [{"Sq": 2048, "Skv": 2048}, {"Sq": 1, "Skv": 8192}, {"B": 40, "Skv": 128}], ids=str)
+@pytest.mark.parametrize("sizes", [{"Sq": 512, "Skv": 512}, {"Sq": 1, "Skv": 4096}, {"B": 20, "Skv": 128}], ids=str)
 def test_memory_of_a_chunk_is_bounded(monkeypatch: pytest.MonkeyPatch, sizes: dict[str, Any], mask: Any) -> None:
-    monkeypatch.setattr(eager, "CHUNK_SIZE", 1 << 14)
+    monkeypatch.setattr(eager, "CHUNK_SIZE", 1 << 13)
     case = make(mask, D=8, Dv=8, tile=(64, 64), **sizes)
     largest_input = max(x.untyped_storage().nbytes() for x in case.inputs)
     with LargestStorage() as largest:
         case.eager()
-    assert largest.bytes <= max(4 << 14, largest_input)
+    assert largest.bytes <= max(4 << 13, largest_input)

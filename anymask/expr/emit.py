@@ -183,7 +183,7 @@ INDEX_LIMIT = 1 << 30  # above every index that a kernel passes, the overhang of
 
 
 def _bounds(expr: Expr) -> Bounds:
-    """Smallest and largest value of each integer node, from its structure alone; a result that could wrap is unknown."""
+    """Smallest and largest value of each integer node, by its structure alone; what could wrap is unknown."""
     bounds: Bounds = {}
     for node in expr.walk():
         if node.dtype is DType.FLOAT:

@@ -1,12 +1,12 @@
-"""Tuning rows: data. A row is for an architecture family, an arithmetic and head dims up to max_D; plan.py reads them."""
+"""Tuning rows: data. A row is for an architecture family, an arithmetic and head dims up to max_D."""
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Tiles:
+class Config:
     """Tile sizes of one kernel, and how the compiler runs it. num_stages: depth of the software pipeline."""
 
     BLOCK_Q: int
@@ -19,33 +19,13 @@ class Tiles:
 
 
 @dataclass(frozen=True)
-class Config:
-    """The tiles of each kernel; None leaves a kernel to its tuning row."""
-
-    forward: Tiles | None = None
-    dkdv: Tiles | None = None
-    dq: Tiles | None = None
-
-    @property
-    def text(self) -> str:
-        """One line that Config.of reads back: how a config travels through an op."""
-        parts = {"forward": self.forward, "dkdv": self.dkdv, "dq": self.dq}
-        return "; ".join(" ".join(map(str, (name, *astuple(tiles)))) for name, tiles in parts.items() if tiles)
-
-    @staticmethod
-    def of(text: str) -> Config:
-        parts = (part.split() for part in text.split(";") if part.strip())
-        return Config(**{name: Tiles(*map(int, numbers)) for name, *numbers in parts})
-
-
-@dataclass(frozen=True)
 class Row:
     family: str
     arithmetic: str  # "half": 16-bit tensor cores; "tf32"; "ieee": float32 without tensor cores
     max_D: int  # of the padded max(D, Dv)
-    forward: Tiles
-    dkdv: Tiles
-    dq: Tiles
+    forward: Config
+    dkdv: Config
+    dq: Config
 
 
 # Shared memory that one program may use, in bytes.
@@ -72,40 +52,40 @@ FAMILIES = {
 # fmt: off
 ROWS = (
     # sm_90, H200: starting points taken from FlexAttention's rows, not yet measured here
-    Row("sm_90", "half", 64, Tiles(128, 128, 4, 3), Tiles(64, 128, 8, 3), Tiles(128, 64, 8, 3)),
-    Row("sm_90", "half", 128, Tiles(128, 64, 8, 3), Tiles(64, 128, 8, 3), Tiles(128, 64, 8, 3)),
-    Row("sm_90", "half", 256, Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 1), Tiles(64, 64, 8, 2)),
-    Row("sm_90", "tf32", 64, Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 64, 4, 2)),
-    Row("sm_90", "tf32", 128, Tiles(128, 32, 8, 2), Tiles(32, 64, 8, 2), Tiles(64, 32, 4, 2)),
-    Row("sm_90", "tf32", 256, Tiles(64, 32, 4, 2), Tiles(32, 32, 8, 1), Tiles(64, 32, 8, 1)),
+    Row("sm_90", "half", 64, Config(128, 128, 8, 3), Config(64, 128, 8, 3), Config(128, 64, 8, 3)),
+    Row("sm_90", "half", 128, Config(128, 64, 8, 3), Config(64, 128, 8, 3), Config(128, 64, 8, 3)),
+    Row("sm_90", "half", 256, Config(128, 64, 8, 2), Config(64, 64, 8, 1), Config(64, 64, 8, 2)),
+    Row("sm_90", "tf32", 64, Config(128, 64, 8, 2), Config(64, 64, 8, 2), Config(64, 64, 4, 2)),
+    Row("sm_90", "tf32", 128, Config(128, 32, 8, 2), Config(32, 64, 8, 2), Config(64, 32, 4, 2)),
+    Row("sm_90", "tf32", 256, Config(64, 32, 4, 2), Config(32, 32, 8, 1), Config(64, 32, 8, 1)),
 
     # not measured: no such device at hand
-    Row("sm_100", "half", 64, Tiles(128, 128, 4, 3), Tiles(64, 128, 8, 3), Tiles(128, 64, 8, 3)),
-    Row("sm_100", "half", 128, Tiles(128, 64, 8, 3), Tiles(64, 128, 8, 2), Tiles(128, 64, 8, 2)),
-    Row("sm_100", "half", 256, Tiles(64, 64, 4, 2), Tiles(64, 64, 8, 1), Tiles(64, 64, 8, 1)),
-    Row("sm_80", "half", 64, Tiles(128, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)),
-    Row("sm_80", "half", 128, Tiles(128, 64, 8, 3), Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2)),
-    Row("sm_80", "half", 256, Tiles(64, 32, 4, 2), Tiles(32, 64, 8, 1), Tiles(64, 32, 8, 1)),
-    Row("sm_86", "half", 64, Tiles(128, 64, 4, 2), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)),
-    Row("sm_86", "half", 128, Tiles(128, 32, 8, 2), Tiles(32, 64, 8, 2), Tiles(64, 32, 8, 2)),
-    Row("sm_86", "half", 256, Tiles(64, 32, 4, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)),
-    Row("sm_120", "half", 64, Tiles(128, 64, 4, 2), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)),
-    Row("sm_120", "half", 128, Tiles(128, 32, 8, 2), Tiles(32, 64, 8, 2), Tiles(64, 32, 8, 2)),
-    Row("sm_120", "half", 256, Tiles(64, 32, 4, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)),
-    Row("gfx942", "half", 64, Tiles(128, 64, 4, 1), Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1)),
-    Row("gfx942", "half", 128, Tiles(128, 64, 4, 1), Tiles(32, 64, 4, 1), Tiles(64, 32, 4, 1)),
-    Row("gfx942", "half", 256, Tiles(64, 32, 4, 1), Tiles(16, 32, 4, 1), Tiles(32, 16, 4, 1)),
+    Row("sm_100", "half", 64, Config(128, 128, 4, 3), Config(64, 128, 8, 3), Config(128, 64, 8, 3)),
+    Row("sm_100", "half", 128, Config(128, 64, 8, 3), Config(64, 128, 8, 2), Config(128, 64, 8, 2)),
+    Row("sm_100", "half", 256, Config(64, 64, 4, 2), Config(64, 64, 8, 1), Config(64, 64, 8, 1)),
+    Row("sm_80", "half", 64, Config(128, 64, 4, 3), Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
+    Row("sm_80", "half", 128, Config(128, 64, 8, 3), Config(64, 64, 8, 2), Config(64, 64, 8, 2)),
+    Row("sm_80", "half", 256, Config(64, 32, 4, 2), Config(32, 64, 8, 1), Config(64, 32, 8, 1)),
+    Row("sm_86", "half", 64, Config(128, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
+    Row("sm_86", "half", 128, Config(128, 32, 8, 2), Config(32, 64, 8, 2), Config(64, 32, 8, 2)),
+    Row("sm_86", "half", 256, Config(64, 32, 4, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
+    Row("sm_120", "half", 64, Config(128, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
+    Row("sm_120", "half", 128, Config(128, 32, 8, 2), Config(32, 64, 8, 2), Config(64, 32, 8, 2)),
+    Row("sm_120", "half", 256, Config(64, 32, 4, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
+    Row("gfx942", "half", 64, Config(128, 64, 4, 1), Config(64, 64, 4, 1), Config(64, 64, 4, 1)),
+    Row("gfx942", "half", 128, Config(128, 64, 4, 1), Config(32, 64, 4, 1), Config(64, 32, 4, 1)),
+    Row("gfx942", "half", 256, Config(64, 32, 4, 1), Config(16, 32, 4, 1), Config(32, 16, 4, 1)),
 
-    Row("any", "tf32", 64, Tiles(64, 64, 4, 2), Tiles(32, 64, 4, 2), Tiles(64, 32, 4, 2)),
-    Row("any", "tf32", 128, Tiles(64, 32, 4, 2), Tiles(32, 32, 4, 2), Tiles(32, 32, 4, 2)),
-    Row("any", "tf32", 256, Tiles(32, 32, 4, 1), Tiles(16, 32, 4, 1), Tiles(32, 16, 4, 1)),
+    Row("any", "tf32", 64, Config(64, 64, 4, 2), Config(32, 64, 4, 2), Config(64, 32, 4, 2)),
+    Row("any", "tf32", 128, Config(64, 32, 4, 2), Config(32, 32, 4, 2), Config(32, 32, 4, 2)),
+    Row("any", "tf32", 256, Config(32, 32, 4, 1), Config(16, 32, 4, 1), Config(32, 16, 4, 1)),
     # without tensor cores a product is unrolled into one multiply-add per thread and element: small tiles
-    Row("any", "ieee", 64, Tiles(64, 32, 4, 2), Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1)),
-    Row("any", "ieee", 128, Tiles(32, 32, 4, 1), Tiles(16, 32, 4, 1), Tiles(32, 16, 4, 1)),
-    Row("any", "ieee", 256, Tiles(16, 32, 4, 1), Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)),
+    Row("any", "ieee", 64, Config(64, 32, 4, 2), Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
+    Row("any", "ieee", 128, Config(32, 32, 4, 1), Config(16, 32, 4, 1), Config(32, 16, 4, 1)),
+    Row("any", "ieee", 256, Config(16, 32, 4, 1), Config(16, 16, 4, 1), Config(16, 16, 4, 1)),
     # big tiles: the interpreter's cost is per operation
-    Row("interpreter", "half", 256, Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1)),
-    Row("interpreter", "ieee", 256, Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1)),
+    Row("interpreter", "half", 256, Config(64, 64, 4, 1), Config(64, 64, 4, 1), Config(64, 64, 4, 1)),
+    Row("interpreter", "ieee", 256, Config(64, 64, 4, 1), Config(64, 64, 4, 1), Config(64, 64, 4, 1)),
 )
 # fmt: on
 
@@ -113,4 +93,6 @@ ROWS = (
 def lookup(family: str, arithmetic: str, D: int) -> Row:
     """The first row for this family ("any" fits all), arithmetic and padded head dim."""
     rows = sorted(ROWS, key=lambda row: row.family == "any")
-    return next(row for row in rows if row.family in (family, "any") and row.arithmetic == arithmetic and row.max_D >= D)
+    return next(
+        row for row in rows if row.family in (family, "any") and row.arithmetic == arithmetic and row.max_D >= D
+    )

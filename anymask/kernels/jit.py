@@ -17,7 +17,7 @@ NAMESPACE = {"tl": tl, "triton": triton} | {
 
 @functools.lru_cache(maxsize=4096)
 def jitted(text: str, name: str) -> Any:
-    """The function `name` that text defines. Its source stays readable to Triton and to tracebacks through linecache."""
+    """The function `name` that text defines. Through linecache its source is readable to Triton and in tracebacks."""
     file = f"<anymask {name} {hashlib.sha256(text.encode()).hexdigest()[:12]}>"
     linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
     namespace: dict[str, Any] = dict(NAMESPACE)

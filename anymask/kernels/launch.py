@@ -14,7 +14,7 @@ from anymask.expr.emit import emit, odd
 from anymask.expr.grad import derivative
 from anymask.expr.ir import Expr
 from anymask.expr.mods import Mods
-from anymask.kernels.configs import Tiles
+from anymask.kernels.configs import Config
 from anymask.kernels.jit import jitted
 from anymask.kernels.plan import Plan, padded
 from anymask.kernels.triton_bwd import delta_kernel, dkdv_kernel, dq_kernel
@@ -48,13 +48,13 @@ def forward(
     lse = torch.empty(B, Hq, Sq, dtype=torch.float32, device=q.device)
     if out.shape.numel() == 0 or Skv == 0:
         return out.zero_(), lse.fill_(float("-inf"))
-    tiles = _tiles(plan.forward)
+    config = _config(plan.forward)
     arguments = _bind(bindings)
     mask, score, _ = _functions(mods, arguments.wide, has_gradient=False)
     if score is None and scale <= 0:
         score = _function(mods.score, "score", arguments.wide)  # the identity: the kernel's short cut needs scale > 0
     with _device_of(q):
-        forward_kernel[(B * Hq * _ceil(Sq, tiles.BLOCK_Q),)](
+        forward_kernel[(B * Hq * _ceil(Sq, config.BLOCK_Q),)](
             q,
             k,
             v,
@@ -73,14 +73,15 @@ def forward(
             MASK=mask,
             SCORE=score,
             G=Hq // Hkv,
-            BLOCK_Q=tiles.BLOCK_Q,
-            BLOCK_KV=tiles.BLOCK_KV,
+            BLOCK_Q=config.BLOCK_Q,
+            BLOCK_KV=config.BLOCK_KV,
             TILE_Q=blocks.tile[0],
             TILE_KV=blocks.tile[1],
             IS_EVEN_KV=Skv % blocks.tile[1] == 0,
             PRECISION=plan.precision,
-            num_warps=tiles.num_warps,
-            num_stages=tiles.num_stages,
+            IS_PTX=plan.arch.startswith("sm_"),
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
             **_head_dims(D, Dv),
             **_addressing(q, k, v, out),
         )
@@ -101,8 +102,9 @@ def backward(
     plan: Plan,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv, each in the shape and dtype of q, k, v, laid out as problem.dense_like does. dlse: gradient of lse, or None for 0.
+    """dq, dk, dv, each in the shape and dtype of q, k, v, laid out by problem.dense_like.
 
+    dlse: the gradient of lse, or None for 0.
     Deterministic: each gradient tile has one program that adds in the order of the map.
     """
     B, Hq, Sq, D = q.shape
@@ -114,7 +116,7 @@ def backward(
     mask, score, score_gradient = _functions(mods, arguments.wide, has_gradient=True)
     tile_q, tile_kv = blocks.tile
     padded_Sq = _ceil(Sq, tile_q) * tile_q
-    delta, lse_log2 = torch.empty(2, B, Hq, padded_Sq, dtype=torch.float32, device=q.device).unbind()
+    rows = torch.empty(B, Hq, padded_Sq, 2, dtype=torch.float32, device=q.device)
     shared = dict(
         MASK=mask,
         SCORE=score,
@@ -123,6 +125,7 @@ def backward(
         TILE_Q=tile_q,
         TILE_KV=tile_kv,
         PRECISION=plan.precision,
+        IS_PTX=plan.arch.startswith("sm_"),
         **_head_dims(D, Dv),
         **_addressing(q, k, v, dout, dq, dk, dv),
     )
@@ -132,8 +135,7 @@ def backward(
             dout,
             lse,
             None if dlse is None else dlse.contiguous(),
-            delta,
-            lse_log2,
+            rows,
             out.stride(),
             dout.stride(),
             Hq,
@@ -145,16 +147,15 @@ def backward(
             num_warps=4,
             **_addressing(out, dout),
         )
-        tiles = _tiles(plan.dkdv)
-        dkdv_kernel[(B * Hkv * _ceil(Skv, tiles.BLOCK_KV),)](
+        config = _config(plan.dkdv)
+        dkdv_kernel[(B * Hkv * _ceil(Skv, config.BLOCK_KV),)](
             q,
             k,
             v,
             dout,
             dk,
             dv,
-            lse_log2,
-            delta,
+            rows,
             q.stride(),
             k.stride(),
             v.stride(),
@@ -168,22 +169,21 @@ def backward(
             padded_Sq,
             scale,
             arguments.values,
-            BLOCK_Q=tiles.BLOCK_Q,
-            BLOCK_KV=tiles.BLOCK_KV,
+            BLOCK_Q=config.BLOCK_Q,
+            BLOCK_KV=config.BLOCK_KV,
             IS_EVEN_Q=Sq % tile_q == 0,
-            num_warps=tiles.num_warps,
-            num_stages=tiles.num_stages,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
             **shared,
         )
-        tiles = _tiles(plan.dq)
-        dq_kernel[(B * Hq * _ceil(Sq, tiles.BLOCK_Q),)](
+        config = _config(plan.dq)
+        dq_kernel[(B * Hq * _ceil(Sq, config.BLOCK_Q),)](
             q,
             k,
             v,
             dout,
             dq,
-            lse_log2,
-            delta,
+            rows,
             q.stride(),
             k.stride(),
             v.stride(),
@@ -196,18 +196,18 @@ def backward(
             padded_Sq,
             scale,
             arguments.values,
-            BLOCK_Q=tiles.BLOCK_Q,
-            BLOCK_KV=tiles.BLOCK_KV,
+            BLOCK_Q=config.BLOCK_Q,
+            BLOCK_KV=config.BLOCK_KV,
             IS_EVEN_KV=Skv % tile_kv == 0,
-            num_warps=tiles.num_warps,
-            num_stages=tiles.num_stages,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
             **shared,
         )
     return dq, dk, dv
 
 
 def exact(kinds: Tensor, mask: Expr, bindings: Bindings, Sq: int, Skv: int, tile: tuple[int, int]) -> Tensor:
-    """Decide the undecided: where kinds [Bm, Hm, num_q, num_kv] int8 is 3, write 0 empty, 1 partial or 2 full. In place."""
+    """Where kinds [Bm, Hm, num_q, num_kv] int8 is 3 (undecided), write 0 empty, 1 partial or 2 full. In place."""
     if kinds.numel() == 0:
         return kinds
     arguments = _bind(bindings)
@@ -282,9 +282,9 @@ def _addressing(*tensors: Tensor) -> dict[str, Any]:
     return {"ALIGN": 8 if is_aligned else 1, "WIDE": is_wide}
 
 
-def _tiles(tiles: Tiles | None) -> Tiles:
-    assert tiles is not None, "a plan of another backend"
-    return tiles
+def _config(config: Config | None) -> Config:
+    assert config is not None, "a plan of another backend"
+    return config
 
 
 def _ceil(x: int, y: int) -> int:

@@ -1,16 +1,19 @@
-"""choose(problem, ...): which backend runs a call, and with which tiles. Pure: no Triton, no device, testable anywhere."""
+"""choose(problem, ...): which backend runs a call, and with which tiles. Pure: no Triton, testable anywhere."""
 
 from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from anymask.errors import UnsupportedError
+from anymask.expr.ir import DType, Op
 from anymask.expr.mods import Mods
-from anymask.kernels.configs import FAMILIES, SHARED_LIMITS, Config, Tiles, lookup
+from anymask.kernels.configs import FAMILIES, SHARED_LIMITS, Config, lookup
 from anymask.problem import Problem
 
 BACKENDS = ("triton", "eager", "reference")
@@ -22,9 +25,10 @@ class Plan:
     """What launch obeys. forward, dkdv, dq and precision (of float32 products: "ieee" or "tf32") are for Triton."""
 
     backend: str
-    forward: Tiles | None = None
-    dkdv: Tiles | None = None
-    dq: Tiles | None = None
+    arch: str = ""
+    forward: Config | None = None
+    dkdv: Config | None = None
+    dq: Config | None = None
     precision: str = "ieee"
     why: str = ""
 
@@ -51,13 +55,14 @@ def choose(
     *,
     arch: str,
     backend: str | None = None,
-    config: Config | str | None = None,
+    config: Mapping[str, Config | Mapping[str, Any]] | None = None,
     deterministic: bool | None = None,
 ) -> Plan:
     """The plan of a call whose map has tiles of `tile` (queries, keys) on `arch` (see arch_of).
 
-    backend: None for the best that can do it.  config: tiles to use instead of the tuning row's, a Config or its text.
-    Both are obeyed or raise UnsupportedError.  deterministic: every backend is, so nothing depends on it.
+    backend: None for the best that can do it.  config: by kernel ("forward", "dkdv", "dq") a Config, or some of its
+    fields by name, instead of the row's. Both are obeyed or raise UnsupportedError.  deterministic: every backend
+    is, so nothing depends on it.
     """
     if backend is not None and backend not in BACKENDS:
         raise UnsupportedError(f"backend={backend!r} is none of {', '.join(BACKENDS)}")
@@ -68,25 +73,28 @@ def choose(
         backend = "eager" if obstacle or arch == "interpreter" else "triton"
     if backend != "triton":
         if config:
-            raise UnsupportedError(f"config= is for Triton kernels, and this runs on {backend!r} ({obstacle or 'forced'})")
-        return Plan(backend, why=f"{backend} on {arch}" + (f": {obstacle}" if obstacle else ""))
+            raise UnsupportedError(
+                f"config= is for Triton kernels, and this runs on {backend!r} ({obstacle or 'forced'})"
+            )
+        return Plan(backend, arch, why=f"{backend} on {arch}" + (f": {obstacle}" if obstacle else ""))
 
     family = family_of(arch)
     precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     arithmetic = "half" if problem.dtype.itemsize == 2 else "ieee" if family == "interpreter" else precision
-    need = _Need(padded(problem.D), padded(problem.Dv), problem.dtype.itemsize, arithmetic, SHARED_LIMITS[family])
+    need = Need.of(problem, mods, family)
     row = lookup(family, arithmetic, max(need.D, need.Dv))
-    wanted = Config.of(config) if isinstance(config, str) else config or Config()
+    unknown = set(config or ()) - set(KERNELS)
+    if unknown:
+        raise UnsupportedError(f"config= has the keys {sorted(unknown)}; it takes {', '.join(KERNELS)}")
     chosen = {}
     for kernel in KERNELS:
-        tiles = getattr(wanted, kernel)
-        chosen[kernel] = _fit(kernel, getattr(row, kernel), tile, need) if tiles is None else tiles
-        if tiles is not None:
-            _check(kernel, tiles, tile, need)
-    says = "; ".join(f"{kernel} {tiles}" for kernel, tiles in chosen.items())
+        chosen[kernel] = _fit(kernel, getattr(row, kernel), tile, need)
+        if config and kernel in config:
+            chosen[kernel] = _override(kernel, chosen[kernel], config[kernel], tile, need)
+    says = "; ".join(f"{kernel} {chosen[kernel]}" for kernel in KERNELS)
     works = " with a score function" if mods.has_score else ""
     why = f"triton on {arch}, {arithmetic}, D {problem.D}, Dv {problem.Dv}{works}: {says}"
-    return Plan("triton", **chosen, precision=precision, why=why)
+    return Plan("triton", arch, **chosen, precision=precision, why=why)
 
 
 def default_tile(problem: Problem) -> tuple[int, int]:
@@ -109,23 +117,49 @@ def family_of(arch: str) -> str:
 
 
 @dataclass(frozen=True)
-class _Need:
-    """What decides how much shared memory tiles take: padded head dims, bytes per element, arithmetic; and the limit."""
+class Need:
+    """What decides how much shared memory tiles take. D, Dv: padded head dims.
+
+    per_index, per_pair: bytes that mods read from captured tensors for each query or key, and for each pair of both.
+    """
 
     D: int
     Dv: int
     itemsize: int
-    arithmetic: str
-    limit: int
+    family: str
+    per_index: int
+    per_pair: int
+
+    @staticmethod
+    def of(problem: Problem, mods: Mods, family: str) -> Need:
+        return Need(padded(problem.D), padded(problem.Dv), problem.dtype.itemsize, family, *_read_bytes(mods))
 
 
-def shared_memory(kernel: str, tiles: Tiles, D: int, Dv: int, itemsize: int, arithmetic: str) -> int:
-    """Bytes of shared memory that a kernel with padded head dims D, Dv needs at most; benchmarks/aot.py confirms it."""
-    outer, inner = (tiles.BLOCK_KV, tiles.BLOCK_Q) if kernel == "dkdv" else (tiles.BLOCK_Q, tiles.BLOCK_KV)
-    held = outer * (D if kernel == "forward" else D + Dv) * itemsize
-    piped = tiles.num_stages * inner * (D + Dv) * itemsize
-    scratch = tiles.BLOCK_Q * tiles.BLOCK_KV * itemsize
-    return held + piped + scratch + 4096
+@functools.lru_cache(maxsize=4096)
+def _read_bytes(mods: Mods) -> tuple[int, int]:
+    per_index = per_pair = 0
+    for node in dict.fromkeys((*mods.mask.walk(), *mods.score.walk())):
+        if node.op is Op.LOAD:
+            itemsize = 4 if node.dtype in (DType.BOOL, DType.INT32) else 8
+            if {"q_idx", "kv_idx"} <= node.indices():
+                per_pair += itemsize
+            else:
+                per_index += itemsize
+    return per_index, per_pair
+
+
+def shared_memory(kernel: str, config: Config, need: Need) -> int:
+    """Bytes of shared memory that a kernel needs at most; benchmarks/aot.py confirms it.
+
+    Held tiles; for each stage, at least two, what the loop reads, captured tensors too; P, and on sm_100 dS, as an
+    operand of a product.
+    """
+    outer, inner = (config.BLOCK_KV, config.BLOCK_Q) if kernel == "dkdv" else (config.BLOCK_Q, config.BLOCK_KV)
+    pairs = config.BLOCK_Q * config.BLOCK_KV
+    held = outer * (need.D if kernel == "forward" else need.D + need.Dv) * need.itemsize
+    stage = inner * ((need.D + need.Dv) * need.itemsize + need.per_index + 8) + pairs * need.per_pair
+    operands = pairs * need.itemsize * (2 if need.family == "sm_100" else 1)
+    return held + max(2, config.num_stages) * stage + operands + 2048
 
 
 def _obstacle(problem: Problem, tile: tuple[int, int], arch: str) -> str | None:
@@ -141,32 +175,40 @@ def _obstacle(problem: Problem, tile: tuple[int, int], arch: str) -> str | None:
     return None
 
 
-def _check(kernel: str, tiles: Tiles, tile: tuple[int, int], need: _Need) -> None:
-    """Raise UnsupportedError where the user's tiles cannot run."""
-    for name, block, size in (("BLOCK_Q", tiles.BLOCK_Q, tile[0]), ("BLOCK_KV", tiles.BLOCK_KV, tile[1])):
+def _override(
+    kernel: str, default: Config, wanted: Config | Mapping[str, Any], tile: tuple[int, int], need: Need
+) -> Config:
+    """The user's config, checked."""
+    try:
+        config = wanted if isinstance(wanted, Config) else replace(default, **wanted)
+    except TypeError:
+        raise UnsupportedError(
+            f"config[{kernel!r}] = {wanted} should name BLOCK_Q, BLOCK_KV, num_warps or num_stages"
+        ) from None
+    for name, block, size in (("BLOCK_Q", config.BLOCK_Q, tile[0]), ("BLOCK_KV", config.BLOCK_KV, tile[1])):
         if block < 16 or block & (block - 1) or size % block:
             raise UnsupportedError(
-                f"config.{kernel}: {name}={block} must be a power of two from 16 on that divides the map's tile of {size}"
+                f"config[{kernel!r}]: {name}={block} must be a power of two >= 16 that divides the map's tile, {size}"
             )
-    if _shared(kernel, tiles, need) > need.limit:
+    if config.num_warps not in (1, 2, 4, 8, 16) or config.num_stages < 1:
+        raise UnsupportedError(f"config[{kernel!r}]: num_warps is 1, 2, 4, 8 or 16 and num_stages 1 or more: {config}")
+    limit = SHARED_LIMITS[need.family]
+    if shared_memory(kernel, config, need) > limit:
         raise UnsupportedError(
-            f"config.{kernel}: {tiles} takes about {_shared(kernel, tiles, need)} bytes of shared memory and the device has "
-            f"{need.limit}. Try fewer stages or smaller tiles"
+            f"config[{kernel!r}]: {config} can take {shared_memory(kernel, config, need)} bytes of shared memory "
+            f"of {limit}. Try fewer stages or smaller tiles"
         )
+    return config
 
 
-def _fit(kernel: str, tiles: Tiles, tile: tuple[int, int], need: _Need) -> Tiles:
-    """tiles that divide the map's and, by fewer stages and then smaller tiles, fit the shared memory."""
-    tiles = replace(tiles, BLOCK_Q=min(tiles.BLOCK_Q, tile[0]), BLOCK_KV=min(tiles.BLOCK_KV, tile[1]))
-    while _shared(kernel, tiles, need) > need.limit:
-        if tiles.num_stages > 1:
-            tiles = replace(tiles, num_stages=tiles.num_stages - 1)
-        elif tiles.BLOCK_KV >= tiles.BLOCK_Q:
-            tiles = replace(tiles, BLOCK_KV=tiles.BLOCK_KV // 2)
+def _fit(kernel: str, config: Config, tile: tuple[int, int], need: Need) -> Config:
+    """config with tiles that divide the map's and, by fewer stages and then smaller tiles, fit the shared memory."""
+    config = replace(config, BLOCK_Q=min(config.BLOCK_Q, tile[0]), BLOCK_KV=min(config.BLOCK_KV, tile[1]))
+    while shared_memory(kernel, config, need) > SHARED_LIMITS[need.family]:
+        if config.num_stages > 1:
+            config = replace(config, num_stages=config.num_stages - 1)
+        elif config.BLOCK_KV >= config.BLOCK_Q:
+            config = replace(config, BLOCK_KV=config.BLOCK_KV // 2)
         else:
-            tiles = replace(tiles, BLOCK_Q=tiles.BLOCK_Q // 2)
-    return tiles
-
-
-def _shared(kernel: str, tiles: Tiles, need: _Need) -> int:
-    return shared_memory(kernel, tiles, need.D, need.Dv, need.itemsize, need.arithmetic)
+            config = replace(config, BLOCK_Q=config.BLOCK_Q // 2)
+    return config

@@ -1,8 +1,8 @@
 """What the forward and the backward share: addressing, reading and writing tiles, walking a row of the map, scores.
 
-Conventions of every kernel here. A tensor is a pointer and a stride tuple in shape order (b, h, row, column). Offsets to
-b, h and the first row of a tile are 64-bit; offsets inside a tile are 32-bit unless WIDE. A head dim is padded to a power
-of two by reading zeros. `bindings` is (captures, ints, floats); MASK and SCORE are functions made by jit.py.
+Conventions of every kernel here. A tensor is a pointer and a stride tuple in shape order (b, h, row, column). Offsets
+to b, h and the first row of a tile are 64-bit; offsets inside a tile are 32-bit unless WIDE. A head dim is padded to a
+power of two by reading zeros. `bindings` is (captures, ints, floats); MASK and SCORE are functions made by jit.py.
 """
 
 import triton
@@ -127,6 +127,19 @@ def step_start(row, step, end, TILE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def column_indices(start, BLOCK: tl.constexpr, IS_PTX: tl.constexpr):
+    """[1, BLOCK] int32: the indices along the second axis of a score tile.
+
+    LLVM packs comparisons with consecutive numbers into bit masks, which costs registers and half as many instructions
+    again (sm_90, causal, 128 x 128: 826 -> 629 per masked step): on NVIDIA a move hides that they are consecutive.
+    """
+    columns = start + tl.arange(0, BLOCK)[None, :]
+    if IS_PTX:
+        columns = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [columns], dtype=tl.int32, is_pure=True, pack=1)
+    return columns
+
+
+@triton.jit
 def changed_score(qk, b, h, q_idx, kv_idx, scale, bindings, SCORE: tl.constexpr):
     """SCORE(scale * qk) in base 2, in the shape of qk."""
     score = SCORE(qk * scale, b, h, q_idx, kv_idx, bindings[0], bindings[1], bindings[2])
@@ -134,9 +147,7 @@ def changed_score(qk, b, h, q_idx, kv_idx, scale, bindings, SCORE: tl.constexpr)
 
 
 @triton.jit
-def probability(
-    qk, lse_log2, b, h, q_idx, kv_idx, scale, bindings, keep, SCORE: tl.constexpr
-):
+def probability(qk, lse_log2, b, h, q_idx, kv_idx, scale, bindings, keep, SCORE: tl.constexpr):
     """P = exp2(score - lse), recomputed in the backward; 0 where keep (None: everywhere true) is false."""
     if SCORE is None:
         p = tl.exp2(qk * (scale * LOG2_E) - lse_log2)
@@ -149,7 +160,7 @@ def probability(
 
 @triton.jit
 def score_gradient(p, dp, delta, qk, b, h, q_idx, kv_idx, scale, bindings, keep, SCORE_GRAD: tl.constexpr):
-    """dS = P * (dP - delta), times d score_out / d score_in; 0 where keep is false, whatever the derivative is there."""
+    """dS = P * (dP - delta), times d score_out / d score_in; 0 where keep is false, whatever the derivative is."""
     ds = p * (dp - delta)
     if SCORE_GRAD is not None:
         ds *= SCORE_GRAD(qk * scale, b, h, q_idx, kv_idx, bindings[0], bindings[1], bindings[2])

@@ -9,6 +9,8 @@ import triton.language as tl
 
 from anymask.kernels.tile import (
     LOG2_E,
+    aligned,
+    column_indices,
     head_pointer,
     load_tile,
     map_row,
@@ -25,8 +27,7 @@ def delta_kernel(
     dout_pointer,  # [B, Hq, Sq, Dv]
     lse_pointer,  # [B, Hq, Sq] f32, contiguous
     dlse_pointer,  # the same, or None
-    delta_pointer,  # [B, Hq, padded_Sq] f32, contiguous
-    lse_log2_pointer,  # [B, Hq, padded_Sq] f32, contiguous
+    rows_pointer,  # [B, Hq, padded_Sq, 2] f32, contiguous: lse in base 2, delta
     out_strides,
     dout_strides,
     Hq,
@@ -46,7 +47,16 @@ def delta_kernel(
     h = head % Hq
     # [BLOCK_Q, DV_PAD]
     out = load_tile(
-        head_pointer(out_pointer, out_strides, b, h, ALIGN), q_start, Sq, out_strides, BLOCK_Q, DV, DV_PAD, ALIGN, WIDE, True
+        head_pointer(out_pointer, out_strides, b, h, ALIGN),
+        q_start,
+        Sq,
+        out_strides,
+        BLOCK_Q,
+        DV,
+        DV_PAD,
+        ALIGN,
+        WIDE,
+        True,
     )
     dout = load_tile(
         head_pointer(dout_pointer, dout_strides, b, h, ALIGN),
@@ -68,9 +78,9 @@ def delta_kernel(
         delta -= tl.load(dlse_pointer + offsets, mask=rows < Sq, other=0.0)
     lse = tl.load(lse_pointer + offsets, mask=rows < Sq, other=float("-inf"))
     lse_log2 = tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
-    padded_offsets = head.to(tl.int64) * padded_Sq + rows
-    tl.store(delta_pointer + padded_offsets, delta, mask=rows < padded_Sq)
-    tl.store(lse_log2_pointer + padded_offsets, lse_log2, mask=rows < padded_Sq)
+    # [BLOCK_Q, 2]
+    pairs = (head.to(tl.int64) * padded_Sq + rows)[:, None] * 2 + tl.arange(0, 2)[None, :]
+    tl.store(rows_pointer + pairs, tl.join(lse_log2, delta), mask=rows[:, None] < padded_Sq)
 
 
 @triton.jit
@@ -81,8 +91,7 @@ def dkdv_steps(
     v,
     q_pointer,
     dout_pointer,
-    lse_log2_pointer,
-    delta_pointer,
+    rows_pointer,
     q_strides,
     dout_strides,
     row,
@@ -108,6 +117,7 @@ def dkdv_steps(
     ALIGN: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
+    IS_PTX: tl.constexpr,
 ):
     """Steps begin .. end of a row: dk [BLOCK_KV, D_PAD] and dv [BLOCK_KV, DV_PAD] with their queries added.
 
@@ -117,13 +127,14 @@ def dkdv_steps(
     for step in tl.range(begin, end):
         next_start = step_start(row, step + 1, end, TILE_Q, BLOCK_Q)
         q = load_tile(q_pointer, q_start, Sq, q_strides, BLOCK_Q, D, D_PAD, ALIGN, WIDE, not IS_EVEN_Q)
-        # [BLOCK_Q] f32; +inf and 0 past the end of the queries
-        rows = q_start + tl.arange(0, BLOCK_Q)
-        lse_log2 = tl.load(lse_log2_pointer + rows)
+        # [BLOCK_Q] f32; +inf and 0 past the end of the queries. One load of pairs: in the layout of a row of S^T every
+        # thread copies every fourth pair, and 16 bytes at a time need a quarter of the instructions of 4
+        pairs = tl.load(rows_pointer + q_start * 2 + tl.arange(0, 2 * BLOCK_Q))
+        lse_log2, delta = tl.split(pairs.reshape(BLOCK_Q, 2))
         # S^T = K Q^T    [BLOCK_KV, BLOCK_Q] f32
         qk = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         # [1, BLOCK_Q]
-        q_idx = rows[None, :]
+        q_idx = column_indices(q_start, BLOCK_Q, IS_PTX)
         keep = None
         if IS_MASKED:
             keep = MASK(b, h, q_idx, kv_idx, bindings[0], bindings[1], bindings[2])
@@ -136,7 +147,6 @@ def dkdv_steps(
         dout = load_tile(dout_pointer, q_start, Sq, dout_strides, BLOCK_Q, DV, DV_PAD, ALIGN, WIDE, not IS_EVEN_Q)
         # dV += P^T dO
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
-        delta = tl.load(delta_pointer + rows)
         # dP^T = V dO^T    [BLOCK_KV, BLOCK_Q] f32
         dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
         # dS^T
@@ -155,8 +165,7 @@ def dkdv_kernel(
     dout_pointer,  # [B, Hq, Sq, Dv]
     dk_pointer,  # [B, Hkv, Skv, D]
     dv_pointer,  # [B, Hkv, Skv, Dv]
-    lse_log2_pointer,  # [B, Hq, padded_Sq] f32, contiguous
-    delta_pointer,  # [B, Hq, padded_Sq] f32, contiguous
+    rows_pointer,  # [B, Hq, padded_Sq, 2] f32, contiguous: lse in base 2, delta
     q_strides,
     k_strides,
     v_strides,
@@ -189,6 +198,7 @@ def dkdv_kernel(
     ALIGN: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
+    IS_PTX: tl.constexpr,
 ):
     """dk and dv of one key tile, summed over the G query heads that read it. Grid: as the forward, first tile first."""
     num_blocks = tl.cdiv(Skv, BLOCK_KV)
@@ -199,10 +209,28 @@ def dkdv_kernel(
 
     # [BLOCK_KV, D_PAD] and [BLOCK_KV, DV_PAD]
     k = load_tile(
-        head_pointer(k_pointer, k_strides, b, h_kv, ALIGN), kv_start, Skv, k_strides, BLOCK_KV, D, D_PAD, ALIGN, WIDE, True
+        head_pointer(k_pointer, k_strides, b, h_kv, ALIGN),
+        kv_start,
+        Skv,
+        k_strides,
+        BLOCK_KV,
+        D,
+        D_PAD,
+        ALIGN,
+        WIDE,
+        True,
     )
     v = load_tile(
-        head_pointer(v_pointer, v_strides, b, h_kv, ALIGN), kv_start, Skv, v_strides, BLOCK_KV, DV, DV_PAD, ALIGN, WIDE, True
+        head_pointer(v_pointer, v_strides, b, h_kv, ALIGN),
+        kv_start,
+        Skv,
+        v_strides,
+        BLOCK_KV,
+        DV,
+        DV_PAD,
+        ALIGN,
+        WIDE,
+        True,
     )
     # [BLOCK_KV, 1]
     kv_idx = kv_start + tl.arange(0, BLOCK_KV)[:, None]
@@ -216,7 +244,7 @@ def dkdv_kernel(
         )
         masked_end = num_masked * (TILE_Q // BLOCK_Q)
         full_end = masked_end + num_full * (TILE_Q // BLOCK_Q)
-        first_row = (b * (Hkv * G) + h).to(tl.int64) * padded_Sq
+        first_row = (b * (Hkv * G) + h).to(tl.int64) * aligned(padded_Sq, 16)
         for IS_FULL in tl.static_range(2):
             dk, dv = dkdv_steps(
                 dk,
@@ -225,8 +253,7 @@ def dkdv_kernel(
                 v,
                 head_pointer(q_pointer, q_strides, b, h, ALIGN),
                 head_pointer(dout_pointer, dout_strides, b, h, ALIGN),
-                lse_log2_pointer + first_row,
-                delta_pointer + first_row,
+                rows_pointer + first_row * 2,
                 q_strides,
                 dout_strides,
                 row,
@@ -252,6 +279,7 @@ def dkdv_kernel(
                 ALIGN,
                 WIDE,
                 PRECISION,
+                IS_PTX,
             )
 
     store_tile(
@@ -267,7 +295,16 @@ def dkdv_kernel(
         WIDE,
     )
     store_tile(
-        head_pointer(dv_pointer, dv_strides, b, h_kv, ALIGN), dv, kv_start, Skv, dv_strides, BLOCK_KV, DV, DV_PAD, ALIGN, WIDE
+        head_pointer(dv_pointer, dv_strides, b, h_kv, ALIGN),
+        dv,
+        kv_start,
+        Skv,
+        dv_strides,
+        BLOCK_KV,
+        DV,
+        DV_PAD,
+        ALIGN,
+        WIDE,
     )
 
 
@@ -305,6 +342,7 @@ def dq_steps(
     ALIGN: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
+    IS_PTX: tl.constexpr,
 ):
     """Steps begin .. end of a row: dq [BLOCK_Q, D_PAD] with their keys added. lse_log2, delta: [BLOCK_Q, 1] f32."""
     CHECK_KV: tl.constexpr = IS_MASKED and not IS_EVEN_KV
@@ -318,7 +356,7 @@ def dq_steps(
         # dP = dO V^T    [BLOCK_Q, BLOCK_KV] f32
         dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
         # [1, BLOCK_KV]
-        kv_idx = kv_start + tl.arange(0, BLOCK_KV)[None, :]
+        kv_idx = column_indices(kv_start, BLOCK_KV, IS_PTX)
         keep = None
         if IS_MASKED:
             keep = MASK(b, h, q_idx, kv_idx, bindings[0], bindings[1], bindings[2])
@@ -340,8 +378,7 @@ def dq_kernel(
     v_pointer,  # [B, Hkv, Skv, Dv]
     dout_pointer,  # [B, Hq, Sq, Dv]
     dq_pointer,  # [B, Hq, Sq, D]
-    lse_log2_pointer,  # [B, Hq, padded_Sq] f32, contiguous
-    delta_pointer,  # [B, Hq, padded_Sq] f32, contiguous
+    rows_pointer,  # [B, Hq, padded_Sq, 2] f32, contiguous: lse in base 2, delta
     q_strides,
     k_strides,
     v_strides,
@@ -373,6 +410,7 @@ def dq_kernel(
     ALIGN: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
+    IS_PTX: tl.constexpr,
 ):
     """dq of one query tile. Grid: as the forward."""
     num_blocks = tl.cdiv(Sq, BLOCK_Q)
@@ -399,12 +437,11 @@ def dq_kernel(
     )
     # [BLOCK_Q, 1]
     q_idx = q_start + tl.arange(0, BLOCK_Q)[:, None]
-    first_row = head.to(tl.int64) * padded_Sq
-    lse_log2 = tl.load(lse_log2_pointer + first_row + q_idx)
-    delta = tl.load(delta_pointer + first_row + q_idx)
-    row, num_masked, num_full = map_row(
-        order_pointer, count_pointer, map_strides, row_length, b, h, q_start // TILE_Q
-    )
+    first_row = head.to(tl.int64) * aligned(padded_Sq, 16)
+    # [BLOCK_Q, 1] f32
+    lse_log2 = tl.load(rows_pointer + (first_row + q_idx) * 2)
+    delta = tl.load(rows_pointer + (first_row + q_idx) * 2 + 1)
+    row, num_masked, num_full = map_row(order_pointer, count_pointer, map_strides, row_length, b, h, q_start // TILE_Q)
     masked_end = num_masked * (TILE_KV // BLOCK_KV)
     full_end = masked_end + num_full * (TILE_KV // BLOCK_KV)
 
@@ -443,6 +480,7 @@ def dq_kernel(
             ALIGN,
             WIDE,
             PRECISION,
+            IS_PTX,
         )
 
     store_tile(

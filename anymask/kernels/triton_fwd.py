@@ -7,6 +7,7 @@ from anymask.kernels.tile import (
     LN_2,
     LOG2_E,
     changed_score,
+    column_indices,
     head_pointer,
     load_tile,
     map_row,
@@ -47,8 +48,9 @@ def softmax_steps(
     ALIGN: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
+    IS_PTX: tl.constexpr,
 ):
-    """Steps begin .. end of a row: acc [BLOCK_Q, DV_PAD], row_max (base 2) and row_sum [BLOCK_Q] with their keys added."""
+    """Steps begin .. end of a row: acc [BLOCK_Q, DV_PAD], row_max (base 2) and row_sum [BLOCK_Q] plus their keys."""
     CHECK_KV: tl.constexpr = IS_MASKED and not IS_EVEN_KV
     kv_start = step_start(row, begin, end, TILE_KV, BLOCK_KV)
     for step in tl.range(begin, end):
@@ -57,7 +59,7 @@ def softmax_steps(
         # S = Q K^T    [BLOCK_Q, BLOCK_KV] f32
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         # [1, BLOCK_KV]
-        kv_idx = kv_start + tl.arange(0, BLOCK_KV)[None, :]
+        kv_idx = column_indices(kv_start, BLOCK_KV, IS_PTX)
         if SCORE is not None:
             s = changed_score(s, b, h, q_idx, kv_idx, scale, bindings, SCORE)
         if IS_MASKED:
@@ -69,7 +71,9 @@ def softmax_steps(
         factor = scale * LOG2_E if SCORE is None else 1.0
         new_max = tl.maximum(row_max, tl.max(s, 1) * factor)
         if IS_MASKED or SCORE is not None:
-            safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)  # a row without a key so far: exp2(-inf - 0) = 0
+            safe_max = tl.where(
+                new_max == float("-inf"), 0.0, new_max
+            )  # a row without a key so far: exp2(-inf - 0) = 0
         else:
             safe_max = new_max
         # P = exp2(S - max)    [BLOCK_Q, BLOCK_KV] f32
@@ -120,8 +124,9 @@ def forward_kernel(
     ALIGN: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
+    IS_PTX: tl.constexpr,
 ):
-    """out and lse of one query tile. Grid: the tiles of one head are neighbours, the last (heaviest if causal) first."""
+    """out and lse of one query tile. Grid: tiles of one head are neighbours, the last (heaviest if causal) first."""
     num_blocks = tl.cdiv(Sq, BLOCK_Q)
     head = tl.program_id(0) // num_blocks
     q_start = (num_blocks - 1 - tl.program_id(0) % num_blocks) * BLOCK_Q
@@ -135,9 +140,7 @@ def forward_kernel(
     v_pointer = head_pointer(v_pointer, v_strides, b, h // G, ALIGN)
     # [BLOCK_Q, 1]
     q_idx = q_start + tl.arange(0, BLOCK_Q)[:, None]
-    row, num_masked, num_full = map_row(
-        order_pointer, count_pointer, map_strides, row_length, b, h, q_start // TILE_Q
-    )
+    row, num_masked, num_full = map_row(order_pointer, count_pointer, map_strides, row_length, b, h, q_start // TILE_Q)
     masked_end = num_masked * (TILE_KV // BLOCK_KV)
     full_end = masked_end + num_full * (TILE_KV // BLOCK_KV)
 
@@ -176,13 +179,23 @@ def forward_kernel(
             ALIGN,
             WIDE,
             PRECISION,
+            IS_PTX,
         )
 
     has_key = row_sum > 0
     acc = acc / tl.where(has_key, row_sum, 1.0)[:, None]
     lse = tl.where(has_key, (row_max + tl.log2(row_sum)) * LN_2, float("-inf"))
     store_tile(
-        head_pointer(out_pointer, out_strides, b, h, ALIGN), acc, q_start, Sq, out_strides, BLOCK_Q, DV, DV_PAD, ALIGN, WIDE
+        head_pointer(out_pointer, out_strides, b, h, ALIGN),
+        acc,
+        q_start,
+        Sq,
+        out_strides,
+        BLOCK_Q,
+        DV,
+        DV_PAD,
+        ALIGN,
+        WIDE,
     )
     rows = q_start + tl.arange(0, BLOCK_Q)
     tl.store(lse_pointer + head.to(tl.int64) * Sq + rows, lse, mask=rows < Sq)

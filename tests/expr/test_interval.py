@@ -33,9 +33,7 @@ CONSTANTS = {
     BOOL: st.booleans(),
     INT32: st.sampled_from([-(2**31), -7, -2, -1, 0, 1, 2, 3, 5, 8, 30, 2**31 - 1]),
     INT64: st.sampled_from([-(2**63), -(2**33), -3, -1, 0, 1, 2, 4, 40, 2**62, 2**63 - 1]),
-    FLOAT: st.sampled_from(
-        [-math.inf, -2.5, -1.0, -0.0, 0.0, 1e-200, 0.1, 0.5, 1.0, 2.0, 3.0, 1e30, math.inf, math.nan]
-    ),
+    FLOAT: st.sampled_from([-math.inf, -2.5, -1.0, 0.0, 1e-200, 0.1, 0.5, 1.0, 2.0, 3.0, 1e30, math.inf, math.nan]),
 }
 NUMBERS = {"ints": (3, -4), "floats": (0.75, -2.0)}
 

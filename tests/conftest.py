@@ -1,0 +1,21 @@
+"""Without a GPU, Triton kernels run in Triton's interpreter: to be set before anything imports a jitted function."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+    import numpy as np
+    from triton.runtime import interpreter
+
+    def create_splat(self: Any, result_type: Any, scalar: Any) -> Any:
+        # Triton 3.6 gives the result of a scalar float comparison the dtype of its operands, and so splats floats
+        data = np.full(result_type.shape, scalar.data.reshape(-1)[0], dtype=scalar.data.dtype)
+        return interpreter.TensorHandle(data, scalar.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_splat = create_splat

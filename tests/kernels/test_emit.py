@@ -1,0 +1,266 @@
+"""Emitted text means what evaluate() says: every Op, random expressions, captured reads of every dtype."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from anymask.expr.bindings import Bindings
+from anymask.expr.emit import BOOL_TEMPLATES, TEMPLATES, emit
+from anymask.expr.evaluate import evaluate
+from anymask.expr.ir import SCORE, TRUE, DType, Expr, Op, apply, cast, const, index
+from anymask.kernels.jit import jitted
+from anymask.kernels.launch import _bind
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BLOCK = 16
+FLOAT, I32, I64, BOOL = DType.FLOAT, DType.INT32, DType.INT64, DType.BOOL
+B_, H_, Q_, KV_ = (index(name) for name in ("b", "h", "q_idx", "kv_idx"))
+
+
+@triton.jit
+def tile_kernel(result, score, b, h, q_start, kv_start, bindings, FN: tl.constexpr, HAS_SCORE: tl.constexpr):
+    q_idx = q_start + tl.arange(0, 16)[:, None]
+    kv_idx = kv_start + tl.arange(0, 16)[None, :]
+    offsets = tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    b = b + tl.program_id(0)  # a tensor, as in the kernels
+    h = h + tl.program_id(0)
+    if HAS_SCORE:
+        value = FN(tl.load(score + offsets), b, h, q_idx, kv_idx, bindings[0], bindings[1], bindings[2])
+    else:
+        value = FN(b, h, q_idx, kv_idx, bindings[0], bindings[1], bindings[2])
+    tl.store(result + offsets, tl.broadcast_to(value, [16, 16]))
+
+
+def run(expr: Expr, bindings: Bindings, score: Tensor, b: int, h: int, q: int, kv: int, wide: bool = False) -> Tensor:
+    """The emitted function on one 16 x 16 tile."""
+    dtypes = {BOOL: torch.bool, I32: torch.int32, I64: torch.int64, FLOAT: torch.float32}
+    result = torch.empty(BLOCK, BLOCK, dtype=dtypes[expr.dtype], device=DEVICE)
+    slots = frozenset(range(len(bindings.captures))) if wide else frozenset()
+    fn = jitted(emit(expr, "function", slots), "function")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # numpy in the interpreter: overflow, nan
+        tile_kernel[(1,)](result, score, b, h, q, kv, _bind(bindings).values, FN=fn, HAS_SCORE=expr.dtype is FLOAT)
+    return result
+
+
+def meaning(expr: Expr, bindings: Bindings, score: Tensor, b: int, h: int, q: int, kv: int) -> Tensor:
+    def tensor(start: int, *shape: int) -> Tensor:
+        return start + torch.arange(math.prod(shape), dtype=torch.int32, device=DEVICE).view(shape)
+
+    indices = {"b": tensor(b, 1, 1), "h": tensor(h, 1, 1), "q_idx": tensor(q, BLOCK, 1), "kv_idx": tensor(kv, 1, BLOCK)}
+    return evaluate(expr, bindings, score=score.double(), **indices).expand(BLOCK, BLOCK)
+
+
+def check(expr: Expr, bindings: Bindings = Bindings(), score: Tensor | None = None, wide: bool = False) -> None:
+    if score is None:
+        score = torch.linspace(-3, 3, BLOCK * BLOCK, device=DEVICE).view(BLOCK, BLOCK)
+    got = run(expr, bindings, score, 1, 2, 16, 8, wide)
+    want = meaning(expr, bindings, score, 1, 2, 16, 8)
+    if expr.dtype is FLOAT:
+        torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=1e-6, equal_nan=True)
+    else:
+        assert torch.equal(got, want.to(got.dtype)), emit(expr, "function")
+
+
+def integer(value: int, dtype: DType = I32) -> Expr:
+    return const(value, dtype)
+
+
+def test_every_op_has_a_template() -> None:
+    assert set(TEMPLATES) == set(Op)
+    assert set(BOOL_TEMPLATES) <= set(Op)
+
+
+INTEGER_OPS = (
+    Op.ADD, Op.SUB, Op.MUL, Op.FLOORDIV, Op.MOD, Op.MIN, Op.MAX, Op.SHL, Op.SHR, Op.AND, Op.OR, Op.XOR,
+)  # fmt: skip
+COMPARISONS = (Op.EQ, Op.NE, Op.LT, Op.LE)
+
+
+@pytest.mark.parametrize("dtype", [I32, I64])
+@pytest.mark.parametrize("op", INTEGER_OPS + COMPARISONS)
+def test_integer_binary(op: Op, dtype: DType) -> None:
+    x = apply(Op.SUB, cast(Q_, dtype), cast(KV_, dtype))  # -7 .. 23
+    y = apply(Op.SUB, cast(KV_, dtype), integer(16, dtype))  # -8 .. 7
+    check(apply(op, x, y))
+    for constant in (-40, -3, -1, 1, 3, 8, 31, 70):
+        check(apply(op, x, integer(constant, dtype)))
+        check(apply(op, cast(Q_, dtype), integer(constant, dtype)))
+    for extreme in (-(2**31), 2**31 - 1):
+        check(apply(op, apply(Op.ADD, x, integer(extreme, dtype)), y))
+
+
+@pytest.mark.parametrize("op", [Op.ADD, Op.SUB, Op.MUL, Op.DIV, Op.FLOORDIV, Op.MOD, Op.MIN, Op.MAX, *COMPARISONS])
+def test_float_binary(op: Op) -> None:
+    y = apply(Op.SUB, cast(KV_, FLOAT), const(15.5, FLOAT))
+    result = apply(op, SCORE, y)
+    check(cast(result, FLOAT))
+    check(cast(apply(op, SCORE, const(1.5, FLOAT)), FLOAT))
+
+
+@pytest.mark.parametrize(
+    "op",
+    [Op.EXP, Op.EXP2, Op.LOG, Op.LOG2, Op.LOG1P, Op.SQRT, Op.RSQRT, Op.TANH, Op.SIGMOID, Op.ERF, Op.SIN, Op.COS]
+    + [Op.FLOOR, Op.CEIL, Op.SIGN, Op.NEG, Op.ABS],
+)
+def test_float_unary(op: Op) -> None:
+    check(apply(op, SCORE))
+    values = torch.tensor([0.0, 1e-30, 1e-8, -1e-8, 1e-4, -1e-4, 1e4, 88.0, -88.0, 1.0, -1.0, math.inf, -math.inf])
+    if op in (Op.SIN, Op.COS):
+        values = values[:9]
+    if op in (Op.LOG, Op.LOG2, Op.LOG1P, Op.SQRT, Op.RSQRT):
+        values = values[values >= (-0.5 if op is Op.LOG1P else 0.0)]
+    score = values.repeat(BLOCK * BLOCK)[: BLOCK * BLOCK].view(BLOCK, BLOCK).to(DEVICE)
+    if op in (Op.EXP, Op.EXP2):
+        score = score.clamp(-80, 80)
+    check(apply(op, SCORE), score=score)
+
+
+def test_log1p_keeps_what_is_tiny() -> None:
+    score = torch.full((BLOCK, BLOCK), 1e-12, device=DEVICE)
+    got = run(apply(Op.LOG1P, SCORE), Bindings(), score, 0, 0, 0, 0)
+    torch.testing.assert_close(got, score)
+
+
+@pytest.mark.parametrize("exponent", [-3.0, -2.0, -1.0, 0.0, 0.5, 1.0, 2.0, 3.0, 5.0, 17.0, 2.5])
+def test_power(exponent: float) -> None:
+    base = torch.linspace(-2, 2, BLOCK * BLOCK, device=DEVICE).view(BLOCK, BLOCK)
+    check(apply(Op.POW, SCORE, const(exponent, FLOAT)), score=base)
+    computed = apply(Op.ADD, cast(apply(Op.MUL, H_, integer(0)), FLOAT), const(exponent, FLOAT))
+    got = run(apply(Op.POW, SCORE, computed), Bindings(), base, 0, 0, 0, 0)
+    want = base.double() ** exponent
+    torch.testing.assert_close(got.double(), want, rtol=2e-5, atol=1e-6, equal_nan=True)
+
+
+def test_logic_casts_and_selection() -> None:
+    even = apply(Op.EQ, apply(Op.MOD, Q_, integer(2)), integer(0))
+    below = apply(Op.LT, KV_, Q_)
+    for op in (Op.AND, Op.OR, Op.XOR, Op.MIN, Op.MAX, *COMPARISONS):
+        check(apply(op, even, below))
+    for value in (even, TRUE, apply(Op.SUB, Q_, KV_), cast(KV_, I64)):
+        for dtype in DType:
+            check(cast(value, dtype))
+            check(cast(cast(value, dtype), BOOL))
+    for dtype in DType:
+        check(cast(cast(SCORE, dtype), FLOAT))
+    check(apply(Op.NOT, even))
+    check(apply(Op.NOT, Q_))
+    check(apply(Op.WHERE, below, Q_, KV_))
+    check(apply(Op.WHERE, even, SCORE, const(-math.inf, FLOAT)))
+    check(apply(Op.WHERE, TRUE, Q_, KV_))
+    check(apply(Op.SIGN, apply(Op.SUB, Q_, KV_)))
+    for value in (math.nan, math.inf, -math.inf, 1e-45, 0.1):
+        check(const(value, FLOAT))
+    for constant in (const(False, BOOL), TRUE, integer(-5), integer(2**40, I64)):
+        check(constant)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.float32]
+    + [torch.bfloat16, torch.float64],
+)
+@pytest.mark.parametrize("wide", [False, True])
+def test_captured_reads(dtype: torch.dtype, wide: bool) -> None:
+    """Negative indices wrap once, the rest outside reads 0; strided, transposed, expanded and 0-d tensors."""
+    if dtype is torch.bfloat16 and DEVICE == "cpu":
+        pytest.skip("the interpreter has no bfloat16")
+    result = {torch.bool: BOOL, torch.int64: I64}.get(dtype, FLOAT if dtype.is_floating_point else I32)
+    table = (torch.arange(24 * 20, device=DEVICE).view(24, 20) % 111 - (0 if dtype is torch.uint8 else 50)).to(dtype)
+    captures = (table.t(), table[::2, 3], table[:1].expand(40, 20), table[5, 5], table[:0, 0])
+    bindings = Bindings(captures)
+    difference = apply(Op.SUB, Q_, KV_)
+    reads = [
+        Expr.of(Op.LOAD, result, (Q_, KV_), 0),
+        Expr.of(Op.LOAD, result, (difference, apply(Op.SUB, KV_, integer(60))), 0),
+        Expr.of(Op.LOAD, result, (difference,), 1),
+        Expr.of(Op.LOAD, result, (B_,), 1),
+        Expr.of(Op.LOAD, result, (Q_, H_), 2),
+        Expr.of(Op.LOAD, result, (), 3),
+        Expr.of(Op.LOAD, result, (cast(KV_, I64),), 4),
+    ]
+    for read in reads:
+        check(read, bindings, wide=wide)
+
+
+def test_captured_numbers() -> None:
+    bindings = Bindings((), (0, 1, 16, -7, 2**30 - 1, 2**40), (0.25, -1e30))
+    for slot in range(5):
+        check(apply(Op.SUB, Q_, Expr.of(Op.NUMBER, I32, (), slot)), bindings)
+    check(apply(Op.ADD, cast(Q_, I64), Expr.of(Op.NUMBER, I64, (), 5)), bindings)
+    for slot in range(2):
+        check(apply(Op.MUL, SCORE, Expr.of(Op.NUMBER, FLOAT, (), slot)), bindings)
+
+
+def test_row_work_stays_on_rows() -> None:
+    """What depends on q_idx alone is one load of [BLOCK_Q, 1], before the operation that needs both indices."""
+    ids = [Expr.of(Op.LOAD, I64, (B_, i), 0) for i in (Q_, KV_)]
+    text = emit(apply(Op.EQ, *ids), "mask")
+    assert text.count("tl.load") == 2 and text.count("tl.where") == 0
+    assert emit(apply(Op.FLOORDIV, Q_, integer(48)), "f").count("//") == 1
+    assert ">> 4" in emit(apply(Op.FLOORDIV, apply(Op.SUB, Q_, KV_), integer(16)), "f")
+    assert "floor_divide" in emit(apply(Op.FLOORDIV, apply(Op.SUB, Q_, KV_), integer(12)), "f")
+
+
+TABLE = torch.arange(-30, 34, dtype=torch.int32, device=DEVICE).view(8, 8)
+
+
+@st.composite
+def expressions(draw: st.DrawFn, dtype: DType, depth: int) -> Expr:
+    """A random expression of a dtype; INT32, BOOL and FLOAT parts mix."""
+    if depth == 0:
+        if dtype is I32:
+            return draw(st.sampled_from([B_, H_, Q_, KV_, *map(integer, (-9, -1, 0, 1, 2, 7, 16, 100))]))
+        if dtype is BOOL:
+            return apply(draw(st.sampled_from(COMPARISONS)), Q_, draw(st.sampled_from([KV_, integer(20)])))
+        return draw(st.sampled_from([SCORE, const(0.5, FLOAT), const(-2.0, FLOAT), cast(KV_, FLOAT)]))
+
+    def part(kind: DType) -> Expr:
+        return draw(expressions(kind, depth - 1))
+
+    if dtype is I32:
+        kind = draw(st.sampled_from(["binary", "binary", "where", "load", "unary"]))
+        if kind == "binary":
+            return apply(draw(st.sampled_from(INTEGER_OPS)), part(I32), part(I32))
+        if kind == "where":
+            return apply(Op.WHERE, part(BOOL), part(I32), part(I32))
+        if kind == "load":
+            return Expr.of(Op.LOAD, I32, (part(I32), part(I32)), 0)
+        return apply(draw(st.sampled_from([Op.NEG, Op.ABS, Op.NOT, Op.SIGN])), part(I32))
+    if dtype is BOOL:
+        if draw(st.booleans()):
+            return apply(draw(st.sampled_from(COMPARISONS)), part(I32), part(I32))
+        return apply(draw(st.sampled_from([Op.AND, Op.OR, Op.XOR])), part(BOOL), part(BOOL))
+    kind = draw(st.sampled_from(["binary", "where", "unary"]))
+    if kind == "where":
+        return apply(Op.WHERE, part(BOOL), part(FLOAT), part(FLOAT))
+    if kind == "unary":
+        return apply(draw(st.sampled_from([Op.TANH, Op.SIGMOID, Op.ABS, Op.NEG])), part(FLOAT))
+    return apply(draw(st.sampled_from([Op.ADD, Op.SUB, Op.MUL, Op.MIN, Op.MAX])), part(FLOAT), part(FLOAT))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_random_expressions(data: st.DataObject) -> None:
+    dtype = data.draw(st.sampled_from([I32, BOOL, BOOL, FLOAT]))
+    expr = data.draw(expressions(dtype, data.draw(st.integers(1, 4))))
+    bindings = Bindings((TABLE,))
+    score = torch.linspace(-3, 3, BLOCK * BLOCK, device=DEVICE).view(BLOCK, BLOCK)
+    at = data.draw(st.sampled_from(list(itertools.product((0, 1), (0, 3), (0, 16, 48), (0, 32)))))
+    got = run(expr, bindings, score, *at)
+    want = meaning(expr, bindings, score, *at)
+    if dtype is FLOAT:  # float32 against float64: relative to the largest number that occurs on the way
+        scale = max(1.0, float(want.abs().max()))
+        torch.testing.assert_close(got.double() / scale, want / scale, rtol=1e-4, atol=1e-4)
+    else:
+        assert torch.equal(got, want), emit(expr, "function")

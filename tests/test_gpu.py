@@ -1,0 +1,218 @@
+"""The Triton kernels on a real GPU: the zoo, dtypes, head dims, sizes, layouts, determinism, memory, compile, graphs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from anymask import attention, block_map, causal, document, sliding_window, softcap
+from anymask.testing import inputs
+from tests.cases import MASKS, SCORES, Sizes
+from tests.test_zoo import gradients, run
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+]
+HALF = (torch.float16, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("name", MASKS)
+def test_mask(name: str, dtype: torch.dtype) -> None:
+    sizes = (2, 4, 2, 333, 290, 64, 64)
+    run("triton", MASKS[name](Sizes(2, 4, 333, 290, "cuda")), None, sizes, dtype, "cuda", 128)
+
+
+@pytest.mark.parametrize("name", ["documents_causal", "random_tensor", "nothing", "mode_1"])
+def test_mask_in_float32(name: str) -> None:
+    sizes = (2, 4, 2, 200, 170, 64, 32)
+    run("triton", MASKS[name](Sizes(2, 4, 200, 170, "cuda")), None, sizes, torch.float32, "cuda", 64)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("mask", [None, causal()], ids=["unmasked", "causal"])
+@pytest.mark.parametrize("name", SCORES)
+def test_score_function(name: str, mask: Any, dtype: torch.dtype) -> None:
+    sizes = (2, 4, 2, 200, 170, 64, 64)
+    run("triton", mask, SCORES[name](Sizes(2, 4, 200, 170, "cuda")), sizes, dtype, "cuda", 128)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("D", "Dv"), [(8, 8), (16, 24), (40, 8), (64, 64), (72, 72), (96, 96), (128, 128), (192, 128), (128, 256), (256, 256)]
+)
+def test_head_dims(D: int, Dv: int, dtype: torch.dtype) -> None:
+    run("triton", causal() & sliding_window(150, 0), None, (1, 4, 2, 260, 260, D, Dv), dtype, "cuda", 128)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [(1, 1, 1, 1, 1), (3, 8, 1, 1, 400), (1, 2, 2, 400, 1), (2, 6, 3, 127, 129), (1, 2, 2, 256, 128), (70000, 1, 1, 2, 3)],
+    ids=str,
+)
+def test_sizes(sizes: tuple[int, ...]) -> None:
+    run("triton", sliding_window(300, 20), None, (*sizes, 32, 32), torch.float16, "cuda", 128)
+
+
+def test_a_captured_number_may_change() -> None:
+    for width in (1, 2, 3, 16, 100, 1000):
+        run("triton", sliding_window(width, 0), None, (1, 2, 2, 200, 200, 32, 32), torch.float16, "cuda", 64)
+
+
+def test_sizes_of_zero() -> None:
+    for sizes in ((0, 2, 2, 5, 5), (2, 2, 1, 0, 7), (2, 2, 2, 7, 0)):
+        q, k, v, dout, dlse = inputs(*sizes, 64, 64, torch.float16, "cuda")
+        out, lse = attention(q, k, v, return_lse=True)
+        assert bool((out == 0).all()) and bool((lse == -torch.inf).all())
+        assert all(bool((g == 0).all()) for g in gradients(out, lse, (q, k, v), dout, dlse))
+
+
+def test_more_than_2_to_the_31_elements() -> None:
+    """The last sequence of a batch whose tensors exceed 2^31 elements is what it is alone."""
+    B, H, S, D = 132, 8, 16384, 128
+    k = torch.randn(B, H, S, D, device="cuda", dtype=torch.bfloat16)
+    assert k.numel() > 2**31
+    q = torch.randn(B, H, 64, D, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    mask = sliding_window(None, S // 2)
+    out = attention(q, k, k, mask=mask)
+    last = attention(q[-1:], k[-1:], k[-1:], mask=mask)
+    assert torch.equal(out[-1:], last)
+    (dq,) = torch.autograd.grad(out[-1].float().sum(), q)
+    (alone,) = torch.autograd.grad(last.float().sum(), q)
+    assert torch.equal(dq[-1], alone[-1])
+
+
+def test_a_row_stride_above_2_to_the_31() -> None:
+    """[S, B, H, D] with enough batches that one row of a sequence lies gigabytes from the next."""
+    S, B, H, D = 3, 70000, 64, 256
+    x = torch.empty(S, B, H, D, device="cuda", dtype=torch.float16)
+    assert x.stride(0) > 2**30
+    x[:, -1].normal_()
+    q = x.permute(1, 2, 0, 3)[-1:]
+    torch.testing.assert_close(attention(q, q, q), attention(*[q.contiguous()] * 3))
+
+
+def big(S: int = 4096, **options: Any) -> tuple[Tensor, ...]:
+    return inputs(1, 8, 4, S, S, 128, 128, torch.bfloat16, "cuda", **options)
+
+
+def test_two_runs_are_bitwise_equal() -> None:
+    q, k, v, dout, dlse = big()
+    ids = torch.randint(0, 4, (4096,), device="cuda").sort().values
+    mask = causal() & document(ids)
+    first: tuple[Tensor, ...] | None = None
+    for _ in range(3):
+        out, lse = attention(q, k, v, mask=mask, score_mod=softcap(20.0), return_lse=True, deterministic=True)
+        results = (out, lse, *gradients(out, lse, (q, k, v), dout, dlse))
+        first = first or results
+        assert all(torch.equal(a, b) for a, b in zip(first, results, strict=True))
+
+
+def test_memory_is_linear() -> None:
+    """Peak extra memory of forward and backward: the outputs, lse, delta and the map, nothing of S x S."""
+    peaks = []
+    for S in (8192, 16384):
+        q, k, v, dout, _ = big(S)
+        mask = causal()
+        for _ in range(2):
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            torch.autograd.grad(attention(q, k, v, mask=mask), (q, k, v), dout)
+            peak = torch.cuda.max_memory_allocated() - before
+        peaks.append(peak)
+        outputs = 2 * (dout.nbytes + k.nbytes + v.nbytes)
+        assert peak < 2 * outputs, (peak, outputs)
+    assert peaks[1] < 2.2 * peaks[0]
+
+
+def test_no_host_synchronisation() -> None:
+    q, k, v, dout, _ = big()
+    ids = torch.randint(0, 40, (4096,), device="cuda")
+
+    def step() -> None:
+        for mask in (causal(), document(ids), ~(causal() & document(ids))):
+            torch.autograd.grad(attention(q, k, v, mask=mask), (q, k, v), dout)
+
+    step()
+    ids += 1  # the maps must be built again
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_map_on_the_gpu_equals_map_on_the_cpu() -> None:
+    for name, make in MASKS.items():
+        for tile in ((128, 128), (64, 32)):
+            kinds = [
+                block_map(make(Sizes(2, 3, 700, 650, device)), 2, 3, 700, 650, device=device, tile=tile).to_dense().cpu()
+                for device in ("cuda", "cpu")
+            ]
+            assert torch.equal(*kinds), name
+
+
+def test_torch_compile() -> None:
+    def step(q: Tensor, k: Tensor, v: Tensor, ids: Tensor, width: int) -> Tensor:
+        return attention(q, k, v, mask=document(ids) & sliding_window(width, 0))
+
+    compiled = torch.compile(step, fullgraph=True)
+    for S, width in ((300, 40), (300, 60), (420, 60), (511, 7)):
+        q, k, v, dout, _ = inputs(2, 4, 2, S, S, 64, 64, torch.float16, "cuda")
+        ids = torch.randint(0, 3, (2, S), device="cuda")
+        for a, b in zip(
+            *(
+                (out, *torch.autograd.grad(out, (q, k, v), dout))
+                for out in (compiled(q, k, v, ids, width), step(q, k, v, ids, width))
+            ),
+            strict=True,
+        ):
+            assert torch.equal(a, b)
+
+
+def test_a_forced_config_is_obeyed_or_raises() -> None:
+    from anymask import UnsupportedError
+
+    q, k, v, *_ = big(512)
+    expected = attention(q, k, v, mask=causal())
+    config = {"forward": {"BLOCK_Q": 64, "BLOCK_KV": 32, "num_warps": 4, "num_stages": 2}}
+    torch.testing.assert_close(attention(q, k, v, mask=causal(), config=config), expected, rtol=2e-2, atol=2e-2)
+    for wrong in ({"BLOCK_Q": 96}, {"BLOCK_Q": 256}, {"num_stages": 40}, {"BLOCK": 1}):
+        with pytest.raises(UnsupportedError):
+            attention(q, k, v, mask=causal(), config={"forward": wrong})
+
+
+def test_another_device_than_the_current_one_or_a_stream() -> None:
+    q, k, v, *_ = big(512)
+    expected = attention(q, k, v, mask=causal())
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        got = attention(q, k, v, mask=causal())
+    stream.synchronize()
+    assert torch.equal(got, expected)
+
+
+def test_error_about_a_captured_tensor_on_the_cpu() -> None:
+    from anymask import MaskError
+
+    q, k, v, *_ = big(512)
+    ids = torch.zeros(512, dtype=torch.int32)
+    with pytest.raises(MaskError, match="is on cpu but q is on cuda:0"):
+        attention(q, k, v, mask=document(ids))
+
+
+def test_first_call_in_a_fresh_process() -> None:
+    code = (
+        "import torch, anymask; q = torch.randn(1, 2, 300, 64, device='cuda', dtype=torch.half, requires_grad=True);"
+        "anymask.attention(q, q, q, mask=anymask.causal()).sum().backward(); assert q.grad.isfinite().all()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
