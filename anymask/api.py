@@ -17,7 +17,7 @@ from anymask.errors import InputError
 from anymask.expr.mods import text_of
 from anymask.expr.trace import SCORE_TEXT, Trace, trace, trace_score
 from anymask.kernels.configs import Config
-from anymask.masks import MaskFunction, mask_from
+from anymask.masks import MaskFunction, from_function, mask_from
 from anymask.problem import Problem
 from anymask.scores import ScoreFunction
 
@@ -118,7 +118,11 @@ def _config_text(config: Mapping[str, Config | Mapping[str, int]]) -> str:
 
 
 def _trace(mask: MaskFunction | Tensor | None, score_mod: ScoreFunction | None, device: torch.device) -> Trace:
-    return trace(mask_from(mask) if isinstance(mask, Tensor) else mask, score_mod, device)
+    if isinstance(mask, Tensor):
+        mask = mask_from(mask)
+    elif mask is not None:
+        mask = from_function(mask)
+    return trace(None if mask is None else mask.function, score_mod, device)
 
 
 def _trace_with(

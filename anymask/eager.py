@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -208,7 +208,7 @@ class _Call:
         """q * scale in the unit of the product: [heads, queries, D]."""
         return strip.fold(self.q[strip.queries].to(self.dtype) * self.q_factor)
 
-    def indices(self, strip: _Strip, kv_idx: Tensor) -> dict[str, Tensor]:
+    def indices(self, strip: _Strip, kv_idx: Tensor) -> dict[str, Any]:
         """Index tensors that broadcast to [b, h_kv, keys, G, rows]."""
         device = self.q.device
         h = torch.arange(strip.h.start, strip.h.stop, dtype=torch.int32, device=device)

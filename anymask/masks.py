@@ -35,17 +35,23 @@ class Mask:
     def __call__(self, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
         return self.function(b, h, q_idx, kv_idx)
 
+    # Below a Mask's function is called, not the Mask: torch 2.11's Dynamo tests the truth of what it calls.
+
     def __and__(self, other: MaskFunction) -> Mask:
-        return Mask(lambda *index: self(*index) & other(*index), "&", self, from_function(other))
+        x, y = self.function, from_function(other).function
+        return Mask(lambda b, h, q_idx, kv_idx: x(b, h, q_idx, kv_idx) & y(b, h, q_idx, kv_idx), "&", self, other)
 
     def __or__(self, other: MaskFunction) -> Mask:
-        return Mask(lambda *index: self(*index) | other(*index), "|", self, from_function(other))
+        x, y = self.function, from_function(other).function
+        return Mask(lambda b, h, q_idx, kv_idx: x(b, h, q_idx, kv_idx) | y(b, h, q_idx, kv_idx), "|", self, other)
 
     def __xor__(self, other: MaskFunction) -> Mask:
-        return Mask(lambda *index: self(*index) ^ other(*index), "^", self, from_function(other))
+        x, y = self.function, from_function(other).function
+        return Mask(lambda b, h, q_idx, kv_idx: x(b, h, q_idx, kv_idx) ^ y(b, h, q_idx, kv_idx), "^", self, other)
 
     def __invert__(self) -> Mask:
-        return Mask(lambda *index: ~self(*index), "~", self)
+        function = self.function
+        return Mask(lambda b, h, q_idx, kv_idx: ~function(b, h, q_idx, kv_idx), "~", self)
 
     def __bool__(self) -> bool:
         raise MaskError(f"{self} is neither true nor false: join masks with & for and, | for or, ~ for not")
@@ -62,9 +68,10 @@ class Mask:
         For chunked prefill, where the queries start at position q of the sequence: causal().shift(q=start).
         q, kv: a number, or a tensor [B] with one for each sequence.
         """
+        function = self.function
 
         def shifted(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
-            return self(b, h, q_idx + _of(q, b), kv_idx + _of(kv, b))
+            return function(b, h, q_idx + _of(q, b), kv_idx + _of(kv, b))
 
         return Mask(shifted, "shift", self, q, kv)
 
@@ -73,7 +80,7 @@ class Mask:
 
         device: of the captured tensors; None takes the first one's, or the CPU where there is none.
         """
-        program = trace(self, None)
+        program = trace(self.function, None)
         captures = program.bindings.captures
         device = device or (captures[0].device if captures else "cpu")
         mods = Mods.of(text_of(program.mask, program.score), program.bindings.ints, program.bindings.floats)

@@ -26,7 +26,12 @@ class ScoreMod:
 
     def then(self, other: ScoreFunction) -> ScoreMod:
         """This one first, other on its result. other: a ScoreMod or a plain function."""
-        return ScoreMod(lambda score, *index: other(self(score, *index), *index), "then", self, other)
+        function = self.function
+
+        def both(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+            return other(function(score, b, h, q_idx, kv_idx), b, h, q_idx, kv_idx)
+
+        return ScoreMod(both, "then", self, other)
 
     def __repr__(self) -> str:
         words = [getattr(x, "__name__", str(x)) for x in self.parameters]

@@ -128,7 +128,7 @@ def compile_job(job: Job) -> list[Row]:
         launch.forward(q, k, v, mods, bindings, blocks, plan, 0.125)
         launch.backward(dout, None, q, k, v, out, lse, mods, bindings, blocks, plan, 0.125)
         launch.exact(blocks.kinds, mods.mask, bindings, job.Sq, job.Sq, tile)
-    need = Need.of(problem, mods, family_of(job.arch))
+    need = Need.of(job.D, job.Dv, dtype, mods, family_of(job.arch))
     return [_compile(job, plan, need, name, *recorder.calls[name]) for name in job.kernels]
 
 

@@ -1,11 +1,14 @@
-"""AnyMask and torch's own on this machine's CPU: each result checked against float64, then timed, then its memory measured.
+"""AnyMask and torch on this machine's CPU: each result checked against float64, then timed, then its memory measured.
 
     python benchmarks/cpu.py [work ...] [--out FILE.jsonl]        # --help lists the works; all by default
 
-Writes one JSON row per work and implementation, and prints a table. Implementations take turns, so that what else runs on
-the machine hits them alike; a ratio holds within one run. Peak memory is that of a fresh process: the growth of its
-resident set over the call (forward and backward, or building the map), inputs made before. A dense mask and a block map
-count, for they exist only for the call; what loading the libraries takes does not, for a small call came before.
+Writes one JSON row per work and implementation, and prints a table. Implementations take turns, so that what else runs
+on the machine hits them alike; a ratio holds within one run. On a busy machine set OMP_NUM_THREADS=1: two threads then
+mostly wait for each other.
+
+Peak memory is that of a fresh process: the growth of its resident set over the call (forward and backward, or building
+the map), inputs made before. A dense mask and a block map count, for they exist only for the call; what loading the
+libraries takes does not, for a small call came before.
 
 benchmarks/README.md says what each field means.
 """
@@ -53,7 +56,7 @@ def document_ids(S: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Attention:
-    """Forward and backward in float32, B = 1. mask and visible(q_idx, kv_idx) say the same to AnyMask and in plain torch."""
+    """Forward and backward in float32, B = 1. mask says to AnyMask what visible(q_idx, kv_idx) says in plain torch."""
 
     work: str
     S: int
@@ -257,24 +260,13 @@ def peak_mib(case: Attention | BlockMaps, impl: str) -> float:
 
 
 def environment() -> dict[str, Any]:
-    command = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=40",
-        "--exclude",
-        "*",
-    ]
+    folder = str(Path(__file__).parent)
+    command = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"]
     commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    cpu = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
+    cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return {
         "commit": os.environ.get("ANYMASK_COMMIT", commit),
-        "cpu": cpu[0] if cpu else "unknown",
+        "cpu": cpu[0].split(":")[1].strip() if cpu else "unknown",
         "cores": os.cpu_count(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),

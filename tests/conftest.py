@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
@@ -19,3 +20,10 @@ if not torch.cuda.is_available():
         return interpreter.TensorHandle(data, scalar.dtype.scalar)
 
     interpreter.InterpreterBuilder.create_splat = create_splat
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))

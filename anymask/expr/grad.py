@@ -48,10 +48,10 @@ def _where(condition: Expr, x: Expr | None, y: Expr | None) -> Expr:
     return apply(Op.WHERE, condition, *(_number(0.0) if value is None else value for value in (x, y)))
 
 
-def _pick(x: Expr, y: Expr, dx: Expr | None, dy: Expr | None) -> Expr:
-    """The derivative of min and max where x is picked when x < y: half each at a tie."""
-    tie = _mul(_number(0.5), _add(dx, dy))
-    return _where(apply(Op.EQ, x, y), tie, _where(apply(Op.LT, x, y), dx, dy))
+def _pick(x: Expr, y: Expr, d_if_less: Expr | None, d_if_more: Expr | None) -> Expr:
+    """The derivative of min or max of x and y: one where x < y, one where x > y, half of each at a tie."""
+    tie = _mul(_number(0.5), _add(d_if_less, d_if_more))
+    return _where(apply(Op.EQ, x, y), tie, _where(apply(Op.LT, x, y), d_if_less, d_if_more))
 
 
 def _pow(z: Expr, x: Expr, y: Expr, dx: Expr | None, dy: Expr | None) -> Expr | None:
@@ -85,7 +85,7 @@ RULES: dict[Op, Callable[..., Expr | None]] = {
     Op.NEG: lambda z, x, dx: _neg(dx),
     Op.ABS: lambda z, x, dx: _mul(apply(Op.SIGN, x), dx),
     Op.MIN: lambda z, x, y, dx, dy: _pick(x, y, dx, dy),
-    Op.MAX: lambda z, x, y, dx, dy: _pick(y, x, dy, dx),
+    Op.MAX: lambda z, x, y, dx, dy: _pick(x, y, dy, dx),
     Op.POW: _pow,
     Op.WHERE: lambda z, c, x, y, dc, dx, dy: _where(c, dx, dy),
     Op.EXP: lambda z, x, dx: _mul(z, dx),

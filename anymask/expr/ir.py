@@ -96,7 +96,7 @@ LEAVES = frozenset({Op.INDEX, Op.SCORE, Op.CONST, Op.NUMBER})
 INDEX_NAMES = ("b", "h", "q_idx", "kv_idx")
 
 
-@dataclass(frozen=True, eq=False, repr=False, slots=True, weakref_slot=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Expr:
     """One node. Interned: structurally equal expressions are the same object, so `is` and `==` and hash agree.
 

@@ -83,16 +83,18 @@ def trace_score(mask: str, bindings: Bindings, score_mod: ModFunction | None, de
 
 
 def _run(role: str, function: ModFunction, tape: Tape, dtype: DType) -> str:
-    score = (tape.put(Op.SCORE, DType.FLOAT),) if role == "score_mod" else ()
-    arguments = score + tuple([tape.put(Op.INDEX, DType.INT32, value=name) for name in INDEX_NAMES])
+    score = tape.put(Op.SCORE, DType.FLOAT) if role == "score_mod" else None
+    b, h, q_idx, kv_idx = [tape.put(Op.INDEX, DType.INT32, value=name) for name in INDEX_NAMES]
+
+    def call() -> str:
+        with tape:
+            result = function(b, h, q_idx, kv_idx) if score is None else function(score, b, h, q_idx, kv_idx)
+        return tape.finish(role, result, dtype)
+
     if torch.compiler.is_compiling():
-        with tape:
-            result = function(*arguments)
-        return tape.finish(role, result, dtype)
+        return call()
     try:
-        with tape:
-            result = function(*arguments)
-        return tape.finish(role, result, dtype)
+        return call()
     except Exception as error:
         raise _explain(role, function, error) from error
 

@@ -60,16 +60,16 @@ ROWS = (
     Row("sm_90", "tf32", 256, Config(64, 32, 4, 2), Config(32, 32, 8, 1), Config(64, 32, 8, 1)),
 
     # not measured: no such device at hand
-    Row("sm_100", "half", 64, Config(128, 128, 4, 3), Config(64, 128, 8, 3), Config(128, 64, 8, 3)),
+    Row("sm_100", "half", 64, Config(128, 128, 8, 3), Config(64, 128, 8, 3), Config(128, 64, 8, 3)),
     Row("sm_100", "half", 128, Config(128, 64, 8, 3), Config(64, 128, 8, 2), Config(128, 64, 8, 2)),
     Row("sm_100", "half", 256, Config(64, 64, 4, 2), Config(64, 64, 8, 1), Config(64, 64, 8, 1)),
-    Row("sm_80", "half", 64, Config(128, 64, 4, 3), Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
+    Row("sm_80", "half", 64, Config(64, 64, 4, 3), Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
     Row("sm_80", "half", 128, Config(128, 64, 8, 3), Config(64, 64, 8, 2), Config(64, 64, 8, 2)),
     Row("sm_80", "half", 256, Config(64, 32, 4, 2), Config(32, 64, 8, 1), Config(64, 32, 8, 1)),
-    Row("sm_86", "half", 64, Config(128, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
+    Row("sm_86", "half", 64, Config(64, 64, 4, 3), Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
     Row("sm_86", "half", 128, Config(128, 32, 8, 2), Config(32, 64, 8, 2), Config(64, 32, 8, 2)),
     Row("sm_86", "half", 256, Config(64, 32, 4, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
-    Row("sm_120", "half", 64, Config(128, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
+    Row("sm_120", "half", 64, Config(64, 64, 4, 3), Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
     Row("sm_120", "half", 128, Config(128, 32, 8, 2), Config(32, 64, 8, 2), Config(64, 32, 8, 2)),
     Row("sm_120", "half", 256, Config(64, 32, 4, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
     Row("gfx942", "half", 64, Config(128, 64, 4, 1), Config(64, 64, 4, 1), Config(64, 64, 4, 1)),
@@ -79,10 +79,10 @@ ROWS = (
     Row("any", "tf32", 64, Config(64, 64, 4, 2), Config(32, 64, 4, 2), Config(64, 32, 4, 2)),
     Row("any", "tf32", 128, Config(64, 32, 4, 2), Config(32, 32, 4, 2), Config(32, 32, 4, 2)),
     Row("any", "tf32", 256, Config(32, 32, 4, 1), Config(16, 32, 4, 1), Config(32, 16, 4, 1)),
-    # without tensor cores a product is unrolled into one multiply-add per thread and element: small tiles
-    Row("any", "ieee", 64, Config(64, 32, 4, 2), Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
-    Row("any", "ieee", 128, Config(32, 32, 4, 1), Config(16, 32, 4, 1), Config(32, 16, 4, 1)),
-    Row("any", "ieee", 256, Config(16, 32, 4, 1), Config(16, 16, 4, 1), Config(16, 16, 4, 1)),
+    # without tensor cores a thread multiplies whole rows that it holds in registers: small tiles, many threads
+    Row("any", "ieee", 64, Config(64, 32, 8, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
+    Row("any", "ieee", 128, Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
+    Row("any", "ieee", 256, Config(16, 32, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
     # big tiles: the interpreter's cost is per operation
     Row("interpreter", "half", 256, Config(64, 64, 4, 1), Config(64, 64, 4, 1), Config(64, 64, 4, 1)),
     Row("interpreter", "ieee", 256, Config(64, 64, 4, 1), Config(64, 64, 4, 1), Config(64, 64, 4, 1)),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from anymask.blocks.block_map import BlockMap
 from anymask.expr.bindings import Bindings
 from anymask.expr.emit import emit, odd
 from anymask.expr.grad import derivative
@@ -25,18 +26,8 @@ from anymask.problem import dense_like
 DELTA_BLOCK = 32
 
 
-class Blocks(Protocol):
-    """The tensors of a BlockMap that kernels read."""
-
-    tile: tuple[int, int]
-    kv_order: Tensor  # [Bm, Hm, num_q, num_kv] int32
-    kv_count: Tensor  # [Bm, Hm, num_q, 2] int32: masked, full
-    q_order: Tensor  # [Bm, Hm, num_kv, num_q] int32
-    q_count: Tensor  # [Bm, Hm, num_kv, 2] int32
-
-
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, mods: Mods, bindings: Bindings, blocks: Blocks, plan: Plan, scale: float
+    q: Tensor, k: Tensor, v: Tensor, mods: Mods, bindings: Bindings, blocks: BlockMap, plan: Plan, scale: float
 ) -> tuple[Tensor, Tensor]:
     """out [B, Hq, Sq, Dv] laid out as q (problem.dense_like), lse [B, Hq, Sq] float32, natural log.
 
@@ -98,7 +89,7 @@ def backward(
     lse: Tensor,
     mods: Mods,
     bindings: Bindings,
-    blocks: Blocks,
+    blocks: BlockMap,
     plan: Plan,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -238,6 +229,8 @@ class _Arguments:
         captures = []
         wide = []
         for slot, tensor in enumerate(bindings.captures):
+            if tensor.dtype == torch.float64:
+                tensor = tensor.float()  # read as float32 anyway, and in half the shared memory
             sizes, strides = tensor.shape, tensor.stride()
             captures.append((tensor, tuple(odd(size) for size in sizes), strides))
             if sum(size * stride for size, stride in zip(sizes, strides, strict=True)) >= 1 << 31:

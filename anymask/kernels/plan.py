@@ -78,22 +78,32 @@ def choose(
             )
         return Plan(backend, arch, why=f"{backend} on {arch}" + (f": {obstacle}" if obstacle else ""))
 
-    family = family_of(arch)
-    precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-    arithmetic = "half" if problem.dtype.itemsize == 2 else "ieee" if family == "interpreter" else precision
-    need = Need.of(problem, mods, family)
-    row = lookup(family, arithmetic, max(need.D, need.Dv))
     unknown = set(config or ()) - set(KERNELS)
     if unknown:
         raise UnsupportedError(f"config= has the keys {sorted(unknown)}; it takes {', '.join(KERNELS)}")
-    chosen = {}
-    for kernel in KERNELS:
-        chosen[kernel] = _fit(kernel, getattr(row, kernel), tile, need)
-        if config and kernel in config:
-            chosen[kernel] = _override(kernel, chosen[kernel], config[kernel], tile, need)
+    precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    plan = _tuned(problem.D, problem.Dv, problem.dtype, mods, tile, arch, precision)
+    if not config:
+        return plan
+    need = Need.of(problem.D, problem.Dv, problem.dtype, mods, family_of(arch))
+    wanted: dict[str, Any] = {
+        kernel: _override(kernel, getattr(plan, kernel), config[kernel], tile, need) for kernel in config
+    }
+    plan = replace(plan, **wanted)
+    return replace(plan, why=f"{plan.why}; config= sets {', '.join(f'{name} {wanted[name]}' for name in wanted)}")
+
+
+@functools.lru_cache(maxsize=4096)
+def _tuned(D: int, Dv: int, dtype: torch.dtype, mods: Mods, tile: tuple[int, int], arch: str, precision: str) -> Plan:
+    """The Triton plan that the tuning rows give."""
+    family = family_of(arch)
+    arithmetic = "half" if dtype.itemsize == 2 else "ieee" if family == "interpreter" else precision
+    need = Need.of(D, Dv, dtype, mods, family)
+    row = lookup(family, arithmetic, max(need.D, need.Dv))
+    chosen = {kernel: _fit(kernel, getattr(row, kernel), tile, need) for kernel in KERNELS}
     says = "; ".join(f"{kernel} {chosen[kernel]}" for kernel in KERNELS)
     works = " with a score function" if mods.has_score else ""
-    why = f"triton on {arch}, {arithmetic}, D {problem.D}, Dv {problem.Dv}{works}: {says}"
+    why = f"triton on {arch}, {arithmetic}, D {D}, Dv {Dv}{works}: {says}"
     return Plan("triton", arch, **chosen, precision=precision, why=why)
 
 
@@ -131,8 +141,11 @@ class Need:
     per_pair: int
 
     @staticmethod
-    def of(problem: Problem, mods: Mods, family: str) -> Need:
-        return Need(padded(problem.D), padded(problem.Dv), problem.dtype.itemsize, family, *_read_bytes(mods))
+    def of(D: int, Dv: int, dtype: torch.dtype, mods: Mods, family: str) -> Need:
+        return Need(padded(D), padded(Dv), dtype.itemsize, family, *_read_bytes(mods))
+
+
+READ_BYTES = {DType.BOOL: 1, DType.INT32: 4, DType.INT64: 8, DType.FLOAT: 4}
 
 
 @functools.lru_cache(maxsize=4096)
@@ -140,26 +153,28 @@ def _read_bytes(mods: Mods) -> tuple[int, int]:
     per_index = per_pair = 0
     for node in dict.fromkeys((*mods.mask.walk(), *mods.score.walk())):
         if node.op is Op.LOAD:
-            itemsize = 4 if node.dtype in (DType.BOOL, DType.INT32) else 8
             if {"q_idx", "kv_idx"} <= node.indices():
-                per_pair += itemsize
+                per_pair += READ_BYTES[node.dtype]
             else:
-                per_index += itemsize
+                per_index += READ_BYTES[node.dtype]
     return per_index, per_pair
 
 
 def shared_memory(kernel: str, config: Config, need: Need) -> int:
     """Bytes of shared memory that a kernel needs at most; benchmarks/aot.py confirms it.
 
-    Held tiles; for each stage, at least two, what the loop reads, captured tensors too; P, and on sm_100 dS, as an
-    operand of a product.
+    Held tiles (AMD keeps them in registers); per stage, at least two, the tiles that the loop reads; what mods read,
+    staged where there is a pipeline; P, and on sm_100 dS, as an operand of a product.
     """
     outer, inner = (config.BLOCK_KV, config.BLOCK_Q) if kernel == "dkdv" else (config.BLOCK_Q, config.BLOCK_KV)
     pairs = config.BLOCK_Q * config.BLOCK_KV
     held = outer * (need.D if kernel == "forward" else need.D + need.Dv) * need.itemsize
-    stage = inner * ((need.D + need.Dv) * need.itemsize + need.per_index + 8) + pairs * need.per_pair
+    tiles = inner * (need.D + need.Dv) * need.itemsize
+    reads = (config.num_stages - 1) * (inner * (need.per_index + 8) + pairs * need.per_pair)
     operands = pairs * need.itemsize * (2 if need.family == "sm_100" else 1)
-    return held + max(2, config.num_stages) * stage + operands + 2048
+    if need.family == "gfx942":
+        return max(held, config.num_stages * tiles) + reads + operands + 2048
+    return held + max(2, config.num_stages) * tiles + reads + operands + 2048
 
 
 def _obstacle(problem: Problem, tile: tuple[int, int], arch: str) -> str | None:
@@ -202,13 +217,19 @@ def _override(
 
 
 def _fit(kernel: str, config: Config, tile: tuple[int, int], need: Need) -> Config:
-    """config with tiles that divide the map's and, by fewer stages and then smaller tiles, fit the shared memory."""
+    """config with tiles that divide the map's, made smaller until it fits the shared memory.
+
+    First two stages, then tiles down to 32, then one stage, then tiles down to 16.
+    """
     config = replace(config, BLOCK_Q=min(config.BLOCK_Q, tile[0]), BLOCK_KV=min(config.BLOCK_KV, tile[1]))
-    while shared_memory(kernel, config, need) > SHARED_LIMITS[need.family]:
-        if config.num_stages > 1:
-            config = replace(config, num_stages=config.num_stages - 1)
-        elif config.BLOCK_KV >= config.BLOCK_Q:
-            config = replace(config, BLOCK_KV=config.BLOCK_KV // 2)
-        else:
-            config = replace(config, BLOCK_Q=config.BLOCK_Q // 2)
+    for num_stages, smallest in ((2, 32), (1, 16)):
+        while shared_memory(kernel, config, need) > SHARED_LIMITS[need.family]:
+            if config.num_stages > num_stages:
+                config = replace(config, num_stages=config.num_stages - 1)
+                continue
+            name = "BLOCK_KV" if config.BLOCK_KV >= config.BLOCK_Q else "BLOCK_Q"
+            size = getattr(config, name)
+            if size <= smallest:
+                break
+            config = replace(config, **{name: size // 2})
     return config
