@@ -17,11 +17,10 @@ from anymask.errors import InputError
 from anymask.expr.mods import text_of
 from anymask.expr.trace import SCORE_TEXT, Trace, trace, trace_score
 from anymask.kernels.configs import Config
+from anymask.kernels.plan import default_tile
 from anymask.masks import MaskFunction, from_function, mask_from
 from anymask.problem import Problem
 from anymask.scores import ScoreFunction
-
-DEFAULT_TILE = (128, 128)
 
 
 def attention(
@@ -40,20 +39,23 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(score_mod(q k^T * scale) where mask) v, computed only on the tiles where the mask lets something through.
 
-    q: [B, Hq, Sq, D].  k: [B, Hkv, Skv, D].  v: [B, Hkv, Skv, Dv].  Any strides, each its own; Hq a multiple of Hkv; D and
-    Dv multiples of 8 from 8 to 256; one dtype of float16, bfloat16 and float32 (float64 on the eager and reference
+    q: [B, Hq, Sq, D].  k: [B, Hkv, Skv, D].  v: [B, Hkv, Skv, Dv].  Any strides, each its own; Hq a multiple of Hkv; D
+    and Dv multiples of 8 from 8 to 256; one dtype of float16, bfloat16 and float32 (float64 on the eager and reference
     backends); any lengths, 0 too. Under autocast they are cast to its dtype.
 
     mask: a Mask (causal() & document(ids)), a function (b, h, q_idx, kv_idx) -> bool, or a bool tensor broadcastable to
       [B, Hq, Sq, Skv]; True where the query sees the key. None: all pairs.
-    score_mod: a function (score, b, h, q_idx, kv_idx) -> score; its gradient is derived. Captured tensors get no gradient.
+    score_mod: a function (score, b, h, q_idx, kv_idx) -> score; its gradient is derived. Captured tensors get no
+      gradient.
     scale: of q k^T, before score_mod; 1 / sqrt(D) if None.
-    block_map: of anymask.block_map(mask, ...), to build it once yourself; it carries its mask, so `mask` may be left out.
+    block_map: of anymask.block_map(mask, ...), to build it once yourself; it carries its mask, so `mask` may be left
+      out.
       Without one, a map is built and kept for the next call with the same mask, sizes and unchanged captured tensors.
     return_lse: also return the log of the softmax sums (natural log, float32, [B, Hq, Sq]); it may be differentiated.
     deterministic: True asks for bitwise equal results run to run. All present kernels give that always.
     backend: "triton", "eager" or "reference" is obeyed or raises UnsupportedError; None chooses by device.
-    config: tiles of the Triton kernels, obeyed or raises: {"forward": {"BLOCK_Q": 64, "num_warps": 4}, "dkdv": ..., "dq": ...}.
+    config: tiles of the Triton kernels, obeyed or raises: {"forward": {"BLOCK_Q": 64, "num_warps": 4}, "dkdv": ...,
+      "dq": ...}.
 
     Returns out [B, Hq, Sq, Dv] in q's dtype, or (out, lse). A row that sees no key has out 0, lse -inf and gradients 0.
     Raises InputError, MaskError or UnsupportedError.
@@ -62,7 +64,9 @@ def attention(
     problem = Problem.of(q, k, v)
     if block_map is None:
         program = _trace(mask, score_mod, problem.device)
-        block_map = _find_map(program, problem.B, problem.Hq, problem.Sq, problem.Skv, DEFAULT_TILE, problem.device)
+        block_map = _find_map(
+            program, problem.B, problem.Hq, problem.Sq, problem.Skv, default_tile(problem), problem.device
+        )
     else:
         program = _trace_with(block_map, mask, score_mod, problem)
     out, lse = ops.forward(
@@ -133,7 +137,7 @@ def _trace_with(
     if (given.Sq, given.Skv) != (problem.Sq, problem.Skv) or B not in (1, problem.B) or H not in (1, problem.Hq):
         raise InputError(
             f"the block map is for B={B} H={H} Sq={given.Sq} Skv={given.Skv}, but q, k, v have B={problem.B} "
-            f"Hq={problem.Hq} Sq={problem.Sq} Skv={problem.Skv}: build it with block_map(mask, B, Hq, Sq, Skv, device=...)"
+            f"Hq={problem.Hq} Sq={problem.Sq} Skv={problem.Skv}: build it for these sizes"
         )
     if given.kinds.device != problem.device:
         raise InputError(f"the block map is on {given.kinds.device} and q on {problem.device}: build it there")
@@ -151,7 +155,7 @@ def _trace_with(
 def _find_map(
     program: Trace, B: int, H: int, Sq: int, Skv: int, tile: tuple[int, int], device: torch.device
 ) -> BlockMap:
-    """The map of a traced mask: a kept one, if the mask, sizes and captured tensors are as they were, else a new one."""
+    """The map of a traced mask: a kept one if mask, sizes and captured tensors are as they were, else a new one."""
     bindings = program.mask_bindings
 
     def build() -> tuple[Tensor, ...]:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from anymask.expr.evaluate import evaluate
 from anymask.expr.grad import derivative
+from anymask.problem import dense_like
 
 if TYPE_CHECKING:
     from anymask.blocks.block_map import BlockMap
@@ -50,7 +51,7 @@ def _forward(
     call = _Call(q, mods, bindings, scale)
     B, Hq, Sq, _ = q.shape
     Dv = v.shape[3]
-    out = q.new_empty(B, Hq, Sq, Dv)
+    out = dense_like(q, Dv)
     lse = q.new_empty(B, Hq, Sq, dtype=call.dtype)
     for strip in _strips(blocks, q, v):
         # [heads, queries, D]
@@ -101,9 +102,8 @@ def backward(
     slope = derivative(mods.score) if mods.has_score else None
     if call.dtype is torch.float64:  # float32 lse would limit P to 7 digits
         _, lse = _forward(q, k, v, mods, bindings, blocks, scale)
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    dk = torch.zeros(k.shape, dtype=call.dtype, device=k.device)
-    dv = torch.zeros(v.shape, dtype=call.dtype, device=v.device)
+    dq = dense_like(q, q.shape[3])
+    dk, dv = (dense_like(x, x.shape[3], call.dtype).zero_() for x in (k, v))
     for strip in _strips(blocks, q, v):
         # [heads, queries, D], [heads, queries, Dv] x 2
         q_tile = call.load_q(strip)

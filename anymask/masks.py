@@ -1,7 +1,7 @@
 """Masks as values: small expressions that compose with & | ^ ~ and know nothing of tensors' sizes.
 
-A mask says which query sees which key. Calling one with (b, h, q_idx, kv_idx) is how it is traced, so a Mask can be used
-inside a mask function of your own, and wherever a FlexAttention mask_mod is expected.
+A mask says which query sees which key. Calling one with (b, h, q_idx, kv_idx) is how it is traced, so a Mask can be
+used inside a mask function of your own, and wherever a FlexAttention mask_mod is expected.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ class Mask:
         return Mask(shifted, "shift", self, q, kv)
 
     def to_dense(self, B: int, H: int, Sq: int, Skv: int, device: torch.device | str | None = None) -> Tensor:
-        """The mask as a bool tensor [B, H, Sq, Skv], True where the query sees the key: to look at, not to compute with.
+        """The mask as a bool tensor [B, H, Sq, Skv], True where the query sees the key: to look at, not to compute
+        with.
 
         device: of the captured tensors; None takes the first one's, or the CPU where there is none.
         """
@@ -93,7 +94,7 @@ class Mask:
 
 
 def from_function(function: MaskFunction) -> Mask:
-    """The mask that a function (b, h, q_idx, kv_idx) -> bool computes. It runs anew at each use: what it captures counts then."""
+    """The mask that a function (b, h, q_idx, kv_idx) -> bool computes; it runs anew at each use of the mask."""
     if isinstance(function, Mask):
         return function
     if not callable(function):
@@ -105,7 +106,7 @@ def from_function(function: MaskFunction) -> Mask:
 
 
 def mask_from(tensor: Tensor) -> Mask:
-    """The mask that a bool tensor holds. tensor: broadcastable to [B, Hq, Sq, Skv], True where the query sees the key."""
+    """The mask that a bool tensor holds, broadcastable to [B, Hq, Sq, Skv], True where the query sees the key."""
     if tensor.dtype != torch.bool or tensor.dim() > 4:
         raise InputError(
             f"a mask tensor is bool and broadcastable to [B, Hq, Sq, Skv], got {tensor.dtype} {tuple(tensor.shape)}. "
@@ -127,7 +128,8 @@ def full() -> Mask:
 def causal(offset: PerBatch = 0) -> Mask:
     """Query i sees the keys up to i + offset. offset: a number, or a tensor [B].
 
-    0 aligns the first query with the first key (top-left). Where the queries are the last Sq of Skv tokens, as in decoding
+    0 aligns the first query with the first key (top-left). Where the queries are the last Sq of Skv tokens, as in
+    decoding
     with a cache, causal(offset=Skv - Sq) aligns the last ones (bottom-right), as FlashAttention's causal=True does.
     """
     return Mask(lambda b, h, q_idx, kv_idx: kv_idx <= q_idx + _of(offset, b), "causal", offset)
@@ -140,7 +142,7 @@ def sliding_window(left: int | None, right: int | None) -> Mask:
     """
 
     def window(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
-        sees = full()(b, h, q_idx, kv_idx)
+        sees = torch.ones_like(b, dtype=torch.bool)
         if left is not None:
             sees = sees & (q_idx - kv_idx <= left)
         if right is not None:
@@ -154,9 +156,10 @@ def document(ids: Tensor | None = None, *, cu_seqlens: Tensor | None = None, tot
     """Packed documents: a query sees the keys of its own document. Combine with causal().
 
     ids: integers [S] or [B, S], in any order; a negative id is padding, which sees nothing and is seen by none.
-    cu_seqlens: instead of ids, the documents' bounds [n + 1], as FlashAttention's varlen functions take them; they become
-    ids here, once.  total: the sequence length that goes with it, tokens from cu_seqlens[-1] on being padding; without it the
-    length is read from cu_seqlens[-1], which on a GPU waits for the device.
+    cu_seqlens: instead of ids, the documents' bounds [n + 1], as FlashAttention's varlen functions take them; they
+      become
+    ids here, once.  total: the sequence length that goes with it, tokens from cu_seqlens[-1] on being padding; without
+    it the length is read from cu_seqlens[-1], which on a GPU waits for the device.
     """
     if (ids is None) == (cu_seqlens is None):
         raise InputError("document() takes either ids or cu_seqlens=")
@@ -178,7 +181,7 @@ def document(ids: Tensor | None = None, *, cu_seqlens: Tensor | None = None, tot
 
 
 def prefix_lm(prefix_len: PerBatch) -> Mask:
-    """All see the first prefix_len keys, the rest is causal (Raffel et al. 2020, T5). prefix_len: a number, or a tensor [B]."""
+    """All see the first prefix_len keys, else causal (Raffel et al. 2020). prefix_len: a number, or a tensor [B]."""
     return Mask(lambda b, h, q_idx, kv_idx: (kv_idx < _of(prefix_len, b)) | (kv_idx <= q_idx), "prefix_lm", prefix_len)
 
 

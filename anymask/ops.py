@@ -1,11 +1,13 @@
-"""The torch.library ops: schemas, fakes and autograd. Torch-only at import; Triton is imported when a kernel is launched.
+"""The torch.library ops: schemas, fakes and autograd. Torch-only at import; Triton is imported when a kernel is
+launched.
 
     anymask::block_map   the program, sizes -> the tensors of a BlockMap
     anymask::forward     q, k, v, the program, a map -> out, lse
     anymask::backward    -> dq, dk, dv
 
-Ops carry text and tensors, never Python objects, so that a graph which holds them can be cached, replayed and shipped. What
-runs is decided inside by plan.choose, from the real sizes. A program is `text` (Mods.of) over captures, ints and floats.
+Ops carry text and tensors, never Python objects, so that a graph which holds them can be cached, replayed and shipped.
+What runs is decided inside by plan.choose, from the real sizes. A program is `text` (Mods.of) over captures, ints and
+floats.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from anymask import eager, reference
 from anymask.blocks.block_map import BlockMap
-from anymask.blocks.build import build
+from anymask.blocks.build import Exact, build
 from anymask.errors import InputError, UnsupportedError
 from anymask.expr.bindings import Bindings
 from anymask.expr.mods import Mods
@@ -30,7 +32,9 @@ from anymask.problem import Problem, dense_like
 _LIBRARY = torch.library.Library("anymask", "DEF")
 _PROGRAM = "Tensor[] captures, SymInt[] ints, float[] floats, str text"
 _HOW = "Tensor[] blocks, int[] tile, float scale, str? backend, str? config, bool? deterministic"
-_LIBRARY.define(f"block_map({_PROGRAM}, SymInt B, SymInt H, SymInt Sq, SymInt Skv, int[] tile, Device device) -> Tensor[]")
+_LIBRARY.define(
+    f"block_map({_PROGRAM}, SymInt B, SymInt H, SymInt Sq, SymInt Skv, int[] tile, Device device) -> Tensor[]"
+)
 _LIBRARY.define(f"forward(Tensor q, Tensor k, Tensor v, {_PROGRAM}, {_HOW}) -> (Tensor, Tensor)")
 _LIBRARY.define(
     "backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
@@ -66,9 +70,11 @@ def _block_map(
     bindings = Bindings(tuple(captures), tuple(ints), tuple(floats))
     mods = Mods.of(text, bindings.ints, bindings.floats)
     check_reads(mods, bindings, {"b": B, "h": H, "q_idx": Sq, "kv_idx": Skv})
-    exact = None
+    exact: Exact | None = None
     if device.type == "cuda":
-        from anymask.kernels.launch import exact
+        from anymask.kernels import launch
+
+        exact = launch.exact
     tensors = build(mods.mask, bindings, B, H, Sq, Skv, device, (tile[0], tile[1]), exact).tensors
     return [tensor.expand(*map_heads(text, B, H), -1, -1).contiguous() for tensor in tensors]
 
@@ -108,8 +114,9 @@ def check_reads(mods: Mods, bindings: Bindings, sizes: dict[str, int]) -> None:
         shape = bindings.captures[slot].shape
         if sizes[name] > shape[dim]:
             raise InputError(
-                f"the mask or score function reads a captured tensor of shape {tuple(shape)} at {name} in dimension {dim}, "
-                f"but {name} goes up to {sizes[name] - 1}: capture a tensor with {sizes[name]} entries there, or clamp the index"
+                f"the mask or score function reads a captured tensor of shape {tuple(shape)} at {name} in dimension "
+                f"{dim}, but {name} goes up to {sizes[name] - 1}: capture one with {sizes[name]} entries there, or "
+                "clamp the index"
             )
 
 
@@ -240,7 +247,7 @@ def _autograd(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, 
 
 
 def _no_gradient(argument: Any) -> Any:
-    """None in the structure that torch.library wants: a list of None for a list of tensors, and [] for any empty list."""
+    """None in the structure that torch.library wants: a list of None for a list of tensors, [] for an empty list."""
     is_list = isinstance(argument, list) and all(isinstance(x, Tensor) for x in argument)
     return [None] * len(argument) if is_list else None
 
@@ -249,7 +256,9 @@ torch.library.register_autograd("anymask::forward", _autograd, setup_context=_se
 
 
 def _no_second_derivative(ctx: Any, *gradients: Any) -> Any:
-    raise UnsupportedError("attention() has no second derivative; the reference for one is plain torch on a small problem")
+    raise UnsupportedError(
+        "attention() has no second derivative; the reference for one is plain torch on a small problem"
+    )
 
 
 torch.library.register_autograd("anymask::backward", _no_second_derivative)

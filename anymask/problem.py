@@ -68,8 +68,8 @@ class Problem:
 def dense_like(x: torch.Tensor, last: int, dtype: torch.dtype | None = None) -> torch.Tensor:
     """An uninitialised dense tensor with the sizes of x but `last` in its last dimension.
 
-    Laid out as [B, S, H, last] where x keeps the heads of one token together, else as [B, H, S, last], so that an output can
-    be reshaped as its input could. One rule for kernels and fakes.
+    Laid out as [B, S, H, last] where x keeps the heads of one token together, else as [B, H, S, last], so that an
+    output can be reshaped as its input could. One rule for kernels and fakes.
     """
     B, H, S, _ = x.shape
     if x.stride(1) < x.stride(2):

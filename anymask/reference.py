@@ -1,12 +1,15 @@
 """The reference: attention in dense float64 torch. Slow and obvious; it defines every edge case.
 
-    S = q k^T * scale;  S = score_mod(S);  S = -inf where the mask hides;  P = softmax(S);  out = P v;  lse = logsumexp(S)
+    S = q k^T * scale;  S = score_mod(S);  S = -inf where the mask hides;  P = softmax(S);  out = P v;  lse =
+    logsumexp(S)
 
-A row that sees no key has out = 0, lse = -inf and gives no gradient. A pair that the mask hides has no influence at all,
-also where the score function or its derivative is inf or nan there.
+A row that sees no key has out = 0, lse = -inf and gives no gradient. A pair that the mask hides has no influence at
+all, also where the score function or its derivative is inf or nan there.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +18,7 @@ from anymask.expr.bindings import Bindings
 from anymask.expr.evaluate import evaluate
 from anymask.expr.grad import derivative
 from anymask.expr.mods import Mods
+from anymask.problem import dense_like
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, mods: Mods, bindings: Bindings, scale: float) -> tuple[Tensor, Tensor]:
@@ -22,7 +26,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, mods: Mods, bindings: Bindings, sca
     P, lse, _, _ = _probabilities(q, k, mods, bindings, scale)
     # O = P V
     out = P @ _heads(v, q)
-    return out.to(q.dtype), lse.float()
+    return dense_like(q, v.shape[3]).copy_(out), lse.float()
 
 
 def backward(
@@ -47,7 +51,7 @@ def backward(
     dQ = dS @ K * scale
     dK = dS.mT @ q.double() * scale
     dK, dV = (x.view(B, Hkv, q.shape[1] // Hkv, Skv, x.shape[-1]).sum(2) for x in (dK, dV))
-    return dQ.to(q.dtype), dK.to(k.dtype), dV.to(v.dtype)
+    return tuple(dense_like(x, x.shape[3]).copy_(dX) for x, dX in ((q, dQ), (k, dK), (v, dV)))  # type: ignore[return-value]
 
 
 def _probabilities(
@@ -71,7 +75,7 @@ def _heads(x: Tensor, q: Tensor) -> Tensor:
     return x.double().repeat_interleave(q.shape[1] // x.shape[1], dim=1)
 
 
-def _indices(S: Tensor) -> dict[str, Tensor]:
+def _indices(S: Tensor) -> dict[str, Any]:
     names = ("b", "h", "q_idx", "kv_idx")
     return {
         name: torch.arange(size, device=S.device).view([-1 if i == axis else 1 for i in range(4)])

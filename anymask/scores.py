@@ -14,7 +14,7 @@ ScoreFunction = Callable[[Any, Any, Any, Any, Any], Any]
 
 
 class ScoreMod:
-    """A function of the scaled score q . k * scale. softcap(50.0).then(alibi(slopes)) caps first and adds the bias after."""
+    """A function of the scaled score q . k * scale. softcap(50.0).then(alibi(slopes)) caps first, then biases."""
 
     def __init__(self, function: ScoreFunction, name: str, *parameters: Any):
         self.function = function

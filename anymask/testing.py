@@ -9,7 +9,16 @@ NAMES = ("out", "lse", "dq", "dk", "dv")
 
 
 def inputs(
-    B: int, Hq: int, Hkv: int, Sq: int, Skv: int, D: int, Dv: int, dtype: torch.dtype, device: str = "cpu", seed: int = 0
+    B: int,
+    Hq: int,
+    Hkv: int,
+    Sq: int,
+    Skv: int,
+    D: int,
+    Dv: int,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """q, k, v (requiring grad), dout and dlse; q, k, v and dout each in a layout of its own."""
     generator = torch.Generator().manual_seed(seed)
@@ -26,8 +35,8 @@ def inputs(
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
-    """||got - expected|| / ||expected|| over entries that are finite in expected. inf if any entry is nan, or differs in
-    being finite; 0 for two zeros."""
+    """||got - expected|| / ||expected|| over entries that are finite in expected. inf if any entry is nan, or differs
+    in being finite; 0 for two zeros."""
     got, expected = got.detach().double(), expected.detach().double()
     finite = expected.isfinite()
     if not torch.equal(finite, got.isfinite()) or not torch.equal(got[~finite], expected[~finite]):
@@ -39,10 +48,12 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
 def check(
     got: tuple[Tensor, ...], exact: tuple[Tensor, ...], plain: tuple[Tensor, ...], slack: float = 2.0
 ) -> dict[str, float]:
-    """Assert that each result's error is at most slack times that of plain torch in the same dtype, both against float64.
+    """Assert that each result's error is at most slack times that of plain torch in the same dtype, both against
+    float64.
 
     got, exact, plain: results in the order of NAMES.  Returns the errors by name.
-    Two roundings that plain torch does not have are allowed on top: a float32 result's last bits (2e-7), and, for gradients,
+    Two roundings that plain torch does not have are allowed on top: a float32 result's last bits (2e-7), and, for
+      gradients,
     that of lse to float32: the backward computes P = exp(S - lse), whose relative error is |lse| * 2^-24.
     """
     lse = exact[1].double()
@@ -52,6 +63,8 @@ def check(
         assert a.shape == e.shape and a.dtype == p.dtype, (name, a.shape, e.shape, a.dtype, p.dtype)
         error = relative_error(a, e)
         budget = slack * max(relative_error(p, e), 2e-7) + (of_lse if name.startswith("d") else 0.0)
-        assert error <= budget, f"{name}: error {error:.2e} is above {budget:.2e}; plain torch: {relative_error(p, e):.2e}"
+        assert error <= budget, (
+            f"{name}: error {error:.2e} is above {budget:.2e}; plain torch: {relative_error(p, e):.2e}"
+        )
         errors[name] = error
     return errors

@@ -1,4 +1,5 @@
-"""The mask zoo: each mask is written once, and every stage (trace, interval, map, emit, eager, Triton) runs over all rows.
+"""The mask zoo: each mask is written once, and every stage (trace, interval, map, emit, eager, Triton) runs over all
+rows.
 
 A row makes its mask for given sizes, with captured tensors of those sizes on the device that is asked for.
 """

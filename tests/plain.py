@@ -24,7 +24,7 @@ def plain(
     mask = evaluate(mods.mask, bindings, **indices).expand(S.shape)
     S = evaluate(mods.score, bindings, **indices, score=torch.where(mask, S, 0.0)).expand(S.shape)
     S = torch.where(mask, S, -torch.inf)
-    sees = (S > -torch.inf).any(-1)
+    sees = (-torch.inf < S).any(-1)
     safe = torch.where(sees[..., None], S, 0.0)
     P = torch.where(sees[..., None], torch.softmax(safe, -1), 0.0)
     out = P.to(q.dtype) @ heads[1]

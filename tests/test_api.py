@@ -35,7 +35,15 @@ def grads(out: Tensor, lse: Tensor, qkv: Any) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("backend", ["eager", "reference"])
 @pytest.mark.parametrize(
     ("B", "Hq", "Hkv", "Sq", "Skv"),
-    [(1, 1, 1, 1, 1), (2, 6, 2, 1, 37), (1, 2, 2, 33, 1), (0, 2, 2, 5, 5), (2, 2, 1, 0, 7), (2, 2, 2, 7, 0), (70, 1, 1, 3, 3)],
+    [
+        (1, 1, 1, 1, 1),
+        (2, 6, 2, 1, 37),
+        (1, 2, 2, 33, 1),
+        (0, 2, 2, 5, 5),
+        (2, 2, 1, 0, 7),
+        (2, 2, 2, 7, 0),
+        (70, 1, 1, 3, 3),
+    ],
 )
 def test_any_size(backend: str, B: int, Hq: int, Hkv: int, Sq: int, Skv: int) -> None:
     q, k, v, *_ = inputs(B, Hq, Hkv, Sq, Skv, 8, 16, torch.float32)
@@ -64,7 +72,10 @@ def test_a_row_that_sees_no_key(backend: str) -> None:
 
 def test_gradient_checks_in_float64() -> None:
     q, k, v = (torch.randn(1, 2, 9, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    mask, score_mod = causal() & document(torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2])), softcap(1.5).then(alibi(torch.rand(2)))
+    mask, score_mod = (
+        causal() & document(torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2])),
+        softcap(1.5).then(alibi(torch.rand(2))),
+    )
 
     def outputs(*qkv: Tensor) -> Any:
         return attention(*qkv, mask=mask, score_mod=score_mod, return_lse=True)[0]
@@ -117,7 +128,9 @@ BAD: dict[str, tuple[Any, str]] = {
         "Sq=9",
     ),
     "map of another mask": (
-        lambda q, k, v: attention(q, k, v, mask=padding(torch.tensor([1, 2])), block_map=block_map(causal(), 2, 4, 8, 8, device="cpu")),
+        lambda q, k, v: attention(
+            q, k, v, mask=padding(torch.tensor([1, 2])), block_map=block_map(causal(), 2, 4, 8, 8, device="cpu")
+        ),
         "another mask",
     ),
     "mask object as bool": (lambda q, k, v: causal() and causal(), "&"),

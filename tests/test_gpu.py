@@ -1,4 +1,4 @@
-"""The Triton kernels on a real GPU: the zoo, dtypes, head dims, sizes, layouts, determinism, memory, compile, graphs."""
+"""The Triton kernels on a real GPU: the zoo, dtypes, head dims, sizes, layouts, determinism, memory, torch.compile."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ def test_score_function(name: str, mask: Any, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(
-    ("D", "Dv"), [(8, 8), (16, 24), (40, 8), (64, 64), (72, 72), (96, 96), (128, 128), (192, 128), (128, 256), (256, 256)]
+    ("D", "Dv"),
+    [(8, 8), (16, 24), (40, 8), (64, 64), (72, 72), (96, 96), (128, 128), (192, 128), (128, 256), (256, 256)],
 )
 def test_head_dims(D: int, Dv: int, dtype: torch.dtype) -> None:
     run("triton", causal() & sliding_window(150, 0), None, (1, 4, 2, 260, 260, D, Dv), dtype, "cuda", 128)
@@ -53,7 +54,14 @@ def test_head_dims(D: int, Dv: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(
     "sizes",
-    [(1, 1, 1, 1, 1), (3, 8, 1, 1, 400), (1, 2, 2, 400, 1), (2, 6, 3, 127, 129), (1, 2, 2, 256, 128), (70000, 1, 1, 2, 3)],
+    [
+        (1, 1, 1, 1, 1),
+        (3, 8, 1, 1, 400),
+        (1, 2, 2, 400, 1),
+        (2, 6, 3, 127, 129),
+        (1, 2, 2, 256, 128),
+        (70000, 1, 1, 2, 3),
+    ],
     ids=str,
 )
 def test_sizes(sizes: tuple[int, ...]) -> None:
@@ -152,9 +160,11 @@ def test_no_host_synchronisation() -> None:
 
 def test_map_on_the_gpu_equals_map_on_the_cpu() -> None:
     for name, make in MASKS.items():
-        for tile in ((128, 128), (64, 32)):
+        for tile in ((128, 128), (100, 24)):
             kinds = [
-                block_map(make(Sizes(2, 3, 700, 650, device)), 2, 3, 700, 650, device=device, tile=tile).to_dense().cpu()
+                block_map(make(Sizes(2, 3, 700, 650, device)), 2, 3, 700, 650, device=device, tile=tile)
+                .to_dense()
+                .cpu()
                 for device in ("cuda", "cpu")
             ]
             assert torch.equal(*kinds), name

@@ -42,8 +42,14 @@ def dense(mask: Any, B: int = 1) -> torch.Tensor:
         (sliding_window(None, None), Q + K >= 0),
         (prefix_lm(3), (K < 3) | (K <= Q)),
         (document(IDS[0]), (IDS[0, :7, None] == IDS[0]) & (IDS[0] >= 0)),
-        (document(cu_seqlens=torch.tensor([0, 2, 2, 6, 9])), (K < 2) & (Q < 2) | (K >= 2) & (K < 6) & (Q >= 2) & (Q < 6) | (K >= 6) & (Q >= 6)),
-        (document(cu_seqlens=torch.tensor([0, 4, 6]), total=9), (K < 4) & (Q < 4) | (K >= 4) & (K < 6) & (Q >= 4) & (Q < 6)),
+        (
+            document(cu_seqlens=torch.tensor([0, 2, 2, 6, 9])),
+            (K < 2) & (Q < 2) | (K >= 2) & (K < 6) & (Q >= 2) & (Q < 6) | (K >= 6) & (Q >= 6),
+        ),
+        (
+            document(cu_seqlens=torch.tensor([0, 4, 6]), total=9),
+            (K < 4) & (Q < 4) | (K >= 4) & (K < 6) & (Q >= 4) & (Q < 6),
+        ),
         (mask_from((Q + K) % 3 == 0), (Q + K) % 3 == 0),
         (mask_from(K[0] > 4), (K > 4) & (Q >= 0)),
         (mask_from(Q > 4), (Q > 4) & (K >= 0)),
@@ -65,10 +71,10 @@ def test_what_a_mask_shows(mask: Any, expected: torch.Tensor) -> None:
 def test_numbers_per_batch() -> None:
     per_batch = torch.tensor([1, 4])
     for mask, expected in (
-        (causal(offset=per_batch), lambda n: K <= Q + n),
-        (prefix_lm(per_batch), lambda n: (K < n) | (K <= Q)),
-        (padding(per_batch), lambda n: (K < n) & (Q >= 0)),
-        (causal().shift(q=per_batch), lambda n: K <= Q + n),
+        (causal(offset=per_batch), lambda n: Q + n >= K),
+        (prefix_lm(per_batch), lambda n: (n > K) | (K <= Q)),
+        (padding(per_batch), lambda n: (n > K) & (Q >= 0)),
+        (causal().shift(q=per_batch), lambda n: Q + n >= K),
         (causal().shift(kv=per_batch), lambda n: K + n <= Q),
     ):
         assert torch.equal(dense(mask, B=2), torch.stack([expected(n) for n in (1, 4)])), mask

@@ -65,7 +65,8 @@ def test_imports_go_down(path: Path) -> None:
 def test_no_module_imports_itself_in_a_circle() -> None:
     names = {".".join(("anymask", *path.relative_to(ROOT).with_suffix("").parts)): path for path in files()}
     graph = {
-        name: {other for other in names for used in imports(path) if used == other or used.startswith(other + ".")} - {name}
+        name: {other for other in names for used in imports(path) if used == other or used.startswith(other + ".")}
+        - {name}
         for name, path in names.items()
     }
     while leaves := [name for name, others in graph.items() if not others]:

@@ -22,7 +22,13 @@ TILE = 32
 
 
 def run(
-    backend: str, mask: Any, score_mod: Any, sizes: tuple[int, ...], dtype: torch.dtype, device: str = "cpu", tile: int = TILE
+    backend: str,
+    mask: Any,
+    score_mod: Any,
+    sizes: tuple[int, ...],
+    dtype: torch.dtype,
+    device: str = "cpu",
+    tile: int = TILE,
 ) -> dict[str, float]:
     """Compute on a backend, check against the reference, return the errors."""
     q, k, v, dout, dlse = inputs(*sizes, dtype, device)
@@ -82,6 +88,10 @@ def test_the_checker_refuses_a_wrong_result() -> None:
     right = plain(q, k, v, dout, dlse, *args)
     check(right, exact, right)
     for i in range(5):
-        for wrong in (right[i] * 1.001, right[i].roll(1, dims=2), torch.where(right[i] == right[i].max(), torch.nan, right[i])):
+        for wrong in (
+            right[i] * 1.001,
+            right[i].roll(1, dims=2),
+            torch.where(right[i] == right[i].max(), torch.nan, right[i]),
+        ):
             with pytest.raises(AssertionError):
                 check((*right[:i], wrong, *right[i + 1 :]), exact, right)

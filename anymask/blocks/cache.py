@@ -28,10 +28,13 @@ _lock = threading.Lock()
 
 
 def find(what: Hashable, captures: tuple[Tensor, ...], build: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """The tensors of the kept map for `what` over these captured tensors, or of the one that build() makes, which is kept.
+    """The tensors of the kept map for `what` over these captured tensors, or of the one that build() makes, which is
+    kept.
 
-    A captured tensor is told apart by storage, place in it, layout and version, so one that was changed in place gives a new
-    map. Nothing is kept where that cannot be known or would be wrong: tensors made in inference mode have no version, and
+    A captured tensor is told apart by storage, place in it, layout and version, so one that was changed in place gives
+    a new
+    map. Nothing is kept where that cannot be known or would be wrong: tensors made in inference mode have no version,
+    and
     under a dispatch mode (fake tensors, checkpointing) or while a CUDA graph is captured results are not for others.
     """
     if _is_private(captures):

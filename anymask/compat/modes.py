@@ -1,6 +1,7 @@
 """The prototype's interface: attention with two query and key labels, eq and ek, and a numbered mode.
 
-A mode is one line in the mask language, a function of the labels of a pair. Masks of modes and `causal` are joined by `&`.
+A mode is one line in the mask language, a function of the labels of a pair. Masks of modes and `causal` are joined by
+`&`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from anymask.api import attention as any_mask_attention
 from anymask.errors import InputError
-from anymask.masks import Mask, causal as causal_mask
+from anymask.masks import Mask
+from anymask.masks import causal as causal_mask
 
 ModeFunction = Callable[[Any, Any], Any]
 
@@ -20,7 +22,7 @@ _modes: list[ModeFunction | None] = []
 
 
 def register_score_func_mode(function: ModeFunction | None) -> int:
-    """The number of a new mode. function: (eq of the query, ek of the key) -> bool, True where the query sees the key."""
+    """The number of a new mode. function: (eq of the query, ek of the key) -> bool, True where it sees the key."""
     _modes.append(function)
     return len(_modes) - 1
 
@@ -42,7 +44,8 @@ def attention(
     """out [B, H, Lq, Dv] of q [B, H, Lq, D], k [B, Hkv, Lk, D], v [B, Hkv, Lk, Dv].
 
     causal: aligned bottom-right, kv_idx <= q_idx + Lk - Lq; where Lq > Lk the first queries see no key and give 0.
-    sm_scale: 1 / sqrt(D) if None.  eq: labels of the queries [B, H, Lq], ek: of the keys [B, H, Lk], needed by every mode
+    sm_scale: 1 / sqrt(D) if None.  eq: labels of the queries [B, H, Lq], ek: of the keys [B, H, Lk], needed by every
+      mode
     but 0.  score_func_mode: SCORE_FUNC_MODE0_NOPE, SCORE_FUNC_MODE1_DOC or a number from register_score_func_mode().
     """
     if not 0 <= score_func_mode < len(_modes):

@@ -24,9 +24,10 @@ def evaluate(
 ) -> Tensor:
     """The value of expr at every combination of the indices.
 
-    b, h, q_idx, kv_idx: integer tensors of mutually broadcastable shapes, on one device.  score: same, floating; its dtype
-    then is the dtype of FLOAT, which else is `dtype`.  Returns a tensor broadcastable to their common shape: it is smaller
-    where the value does not depend on an index. BOOL is torch.bool, INT32 torch.int32, INT64 torch.int64.
+    b, h, q_idx, kv_idx: integer tensors of mutually broadcastable shapes, on one device.  score: same, floating; its
+      dtype
+    then is the dtype of FLOAT, which else is `dtype`.  Returns a tensor broadcastable to their common shape: it is
+    smaller where the value does not depend on an index. BOOL is torch.bool, INT32 torch.int32, INT64 torch.int64.
     """
     types = {
         DType.BOOL: torch.bool,
@@ -66,7 +67,7 @@ def evaluate_constant(expr: Expr) -> bool | int | float:
 
 
 def load(tensor: Tensor, indices: list[Tensor]) -> Tensor:
-    """tensor[indices] as the mask language defines it: negative indices count from the end, outside the tensor reads 0."""
+    """tensor[indices] as the language defines it: negative indices count from the end, outside the tensor reads 0."""
     if not indices:
         return tensor
     inside: Tensor | None = None

@@ -93,7 +93,7 @@ RULES: dict[Op, Callable[..., Expr | None]] = {
     Op.LOG: lambda z, x, dx: apply(Op.DIV, dx, x),
     Op.LOG2: lambda z, x, dx: apply(Op.DIV, dx, apply(Op.MUL, x, _number(math.log(2.0)))),
     Op.LOG1P: lambda z, x, dx: apply(Op.DIV, dx, apply(Op.ADD, x, _number(1.0))),
-    Op.SQRT: lambda z, x, dx: apply(Op.DIV, _mul(_number(0.5), dx), z),
+    Op.SQRT: lambda z, x, dx: apply(Op.DIV, apply(Op.MUL, _number(0.5), dx), z),
     Op.RSQRT: lambda z, x, dx: _mul(apply(Op.MUL, _number(-0.5), apply(Op.MUL, z, apply(Op.MUL, z, z))), dx),
     Op.TANH: lambda z, x, dx: _mul(_one_minus(apply(Op.MUL, z, z)), dx),
     Op.SIGMOID: lambda z, x, dx: _mul(apply(Op.MUL, z, _one_minus(z)), dx),

@@ -15,7 +15,7 @@ SEPARATOR = "\n--\n"
 
 @dataclass(frozen=True)
 class Mods:
-    """mask: BOOL over b, h, q_idx, kv_idx; TRUE hides nothing.  score: FLOAT over these and score; SCORE changes nothing."""
+    """mask: BOOL over b, h, q_idx, kv_idx, TRUE hides nothing.  score: FLOAT, also over score, SCORE is no change."""
 
     mask: Expr = TRUE
     score: Expr = SCORE
@@ -40,7 +40,7 @@ class Mods:
 
     @functools.cached_property
     def bare_reads(self) -> tuple[tuple[int, int, str], ...]:
-        """(slot, dimension, index name) wherever a captured tensor is read at an index as it is, as in ids[b, q_idx]."""
+        """(slot, dimension, index name) of each read of a captured tensor at an index as it is: ids[b, q_idx]."""
         return tuple(
             (int(node.value), dim, str(arg.value))  # type: ignore[arg-type]
             for node in dict.fromkeys((*self.mask.walk(), *self.score.walk()))
@@ -70,7 +70,8 @@ _SHAPES_THE_CODE = {Op.DIV: 1, Op.FLOORDIV: 1, Op.MOD: 1, Op.POW: 1, Op.SHL: 1, 
 
 
 def bind_structural(expr: Expr, ints: tuple[int, ...], floats: tuple[float, ...]) -> Expr:
-    """Replace the captured numbers whose value decides what code is best: divisors, moduli, shifts, exponents, -1, 0, 1.
+    """Replace the captured numbers whose value decides what code is best: divisors, moduli, shifts, exponents, -1, 0,
+    1.
 
     All other numbers stay arguments, so that changing them compiles nothing.
     """
@@ -80,7 +81,9 @@ def bind_structural(expr: Expr, ints: tuple[int, ...], floats: tuple[float, ...]
         if node.dtype is DType.FLOAT:
             return floats[slot]
         if wrap(ints[slot], node.dtype) != ints[slot]:
-            raise MaskError(f"the captured number {ints[slot]} does not fit {node.dtype.value}: widen the index, q_idx.long()")
+            raise MaskError(
+                f"the captured number {ints[slot]} does not fit {node.dtype.value}: widen the index, q_idx.long()"
+            )
         return ints[slot]
 
     def constant(node: Expr) -> Expr:

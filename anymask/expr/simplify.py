@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-
 from anymask.expr.evaluate import evaluate_constant
 from anymask.expr.ir import FALSE, TRUE, DType, Expr, Op, apply, const
 
@@ -65,7 +64,7 @@ def _power(x: Expr, y: Expr) -> Expr | None:
     if y.op is not Op.CONST or y.value not in (1, 2, 3, 4):
         return None
     square = apply(Op.MUL, x, x)
-    return {1: x, 2: square, 3: apply(Op.MUL, square, x), 4: apply(Op.MUL, square, square)}[int(y.value)]  # type: ignore[arg-type]
+    return {1: x, 2: square, 3: apply(Op.MUL, square, x), 4: apply(Op.MUL, square, square)}[int(y.value)]
 
 
 def _cast_of_cast(node: Expr) -> Expr | None:

@@ -1,9 +1,10 @@
 """trace(mask, score_mod): run the user's functions once on four 0-d tensors and write down what they do.
 
-The functions run under a TorchFunctionMode, so that every torch operation on an index arrives here, also `ids[b, q_idx]`
-on a captured tensor. Each becomes one line of program text (the grammar of ir.to_text). What is not in FUNCTIONS below is
-not in the mask language. The same code runs in eager and is inlined by torch.compile: there captured tensors become graph
-inputs and captured numbers become op arguments, so a number that changes is never baked in.
+The functions run under a TorchFunctionMode, so that every torch operation on an index arrives here, also `ids[b,
+q_idx]`
+on a captured tensor. Each becomes one line of program text (the grammar of ir.to_text). What is not in FUNCTIONS below
+is not in the mask language. The same code runs in eager and is inlined by torch.compile: there captured tensors become
+graph inputs and captured numbers become op arguments, so a number that changes is never baked in.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ SCORE_TEXT = "score f32"
 
 @dataclass(frozen=True)
 class Trace:
-    """What a call's mask and score function do: two program texts. The mask reads a part of the bindings, the first ones."""
+    """What a call's mask and score function do: two program texts. The mask reads the first ones of the bindings."""
 
     mask: str
     mask_bindings: Bindings
@@ -64,7 +65,8 @@ class Trace:
 def trace(mask: ModFunction | None, score_mod: ModFunction | None, device: torch.device | None = None) -> Trace:
     """Trace both functions of a call (None: no mask, no score change).
 
-    device: where captured tensors must be; None accepts any. Raises MaskError with file and line of the user's function.
+    device: where captured tensors must be; None accepts any. Raises MaskError with file and line of the user's
+      function.
     """
     if mask is None:
         return trace_score(TRUE_TEXT, Bindings(), score_mod, device)
@@ -120,11 +122,11 @@ class Tape(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is Tensor.__getitem__:
             indices = args[1] if isinstance(args[1], tuple) else (args[1],)
-            if self.knows(args[0]) or self.view_of(args[0]) is not None or any([self.knows(index) for index in indices]):
+            if self.knows(args[0]) or self.view_of(args[0]) is not None or any(self.knows(index) for index in indices):
                 return self.load(args[0], indices)
             return func(*args, **kwargs)
         operands = list(args) + list(kwargs.values())
-        if not any([self.knows(x) or self.view_of(x) is not None for x in operands]):
+        if not any(self.knows(x) or self.view_of(x) is not None for x in operands):
             return func(*args, **kwargs)
         name = getattr(func, "__name__", str(func))
         if name == "__get__":  # .dtype, .device, .shape ... of a stand-in
@@ -172,7 +174,9 @@ class Tape(TorchFunctionMode):
         """The language's dtype of an operand."""
         if isinstance(x, Tensor):
             if x.dtype not in LANGUAGE_TYPE:
-                raise MaskError(f"captured tensors of dtype {x.dtype} cannot be read: use an integer, float or bool dtype")
+                raise MaskError(
+                    f"captured tensors of dtype {x.dtype} cannot be read: use an integer, float or bool dtype"
+                )
             return LANGUAGE_TYPE[x.dtype]
         if isinstance(x, bool):
             return DType.BOOL
@@ -234,7 +238,9 @@ class Tape(TorchFunctionMode):
             raise MaskError("an index is one number and cannot be indexed: index a captured tensor, ids[q_idx]")
         for index in indices:
             if index is None or index is Ellipsis or isinstance(index, (slice, list)):
-                raise MaskError("a captured tensor takes one number for each dimension: ids[b, q_idx]; no slice, None or ...")
+                raise MaskError(
+                    "a captured tensor takes one number for each dimension: ids[b, q_idx]; no slice, None or ..."
+                )
             if self.type_of(index) in (DType.BOOL, DType.FLOAT):
                 raise MaskError(f"an index must be an integer, got {self.type_of(index).value}: use .to(torch.int32)")
         self.check_capture(tensor)
@@ -267,23 +273,27 @@ class Tape(TorchFunctionMode):
             )
         if tensor.requires_grad and torch.is_grad_enabled():
             raise MaskError(
-                f"a captured tensor of shape {tuple(tensor.shape)} requires grad, and gradients to captured tensors are "
-                "not computed: capture it as tensor.detach(), or call under torch.no_grad()"
+                f"a captured tensor of shape {tuple(tensor.shape)} requires grad, and gradients to captured tensors "
+                "are not computed: capture it as tensor.detach(), or call under torch.no_grad()"
             )
 
     def finish(self, role: str, result: Any, dtype: DType) -> str:
         """The program text whose last line is the function's result."""
         if not isinstance(result, (Tensor, bool)) and not (role == "score_mod" and isinstance(result, (int, float))):
-            raise MaskError(f"the {role} returned a {type(result).__name__}; return one value computed from its arguments")
+            raise MaskError(
+                f"the {role} returned a {type(result).__name__}; return one value computed from its arguments"
+            )
         own = self.type_of(result)
         if role == "mask" and own is not DType.BOOL:
             raise MaskError(
-                f"the mask returned {own.value}, not bool: True where the query sees the key, for example q_idx >= kv_idx. "
+                f"the mask returned {own.value}, not bool: True where the query sees the key, e.g. q_idx >= kv_idx. "
                 "A value that is added to the score belongs in score_mod"
             )
         line = self.operand(result, dtype)
         if line != len(self.lines) - 1:
-            self.lines.append(f"and bool %{line} %{line}" if dtype is DType.BOOL else f"where f32 %{self.true()} %{line} %{line}")
+            self.lines.append(
+                f"and bool %{line} %{line}" if dtype is DType.BOOL else f"where f32 %{self.true()} %{line} %{line}"
+            )
         return "\n".join(self.lines)
 
     def true(self) -> int:
@@ -392,7 +402,7 @@ def _same_type(op: Op) -> Callable[..., Tensor]:
 
 def _min_max(op: Op) -> Callable[..., Tensor]:
     def handler(tape: Tape, x: Any, *rest: Any, **kwargs: Any) -> Tensor:
-        operands = (x,) + rest + tuple(kwargs.values())
+        operands = (x, *rest, *tuple(kwargs.values()))
         if len(operands) != 2:
             raise MaskError(f"{op.value} takes two operands here: torch.{op.value}imum(x, y)")
         return _arithmetic(op)(tape, *operands)
@@ -453,7 +463,9 @@ def _power(is_reflected: bool = False) -> Callable[..., Tensor]:
             for _ in range(y - 1):
                 result = _arithmetic(Op.MUL)(tape, result, x)
             return result
-        raise MaskError("an integer power needs a fixed exponent from 1 to 8; or make the base float: q_idx.float() ** y")
+        raise MaskError(
+            "an integer power needs a fixed exponent from 1 to 8; or make the base float: q_idx.float() ** y"
+        )
 
     return handler
 
@@ -573,12 +585,14 @@ _HANDLERS: dict[str, Callable[..., Tensor]] = {
 FUNCTIONS = {name: handler for names, handler in _HANDLERS.items() for name in names.split()}
 
 LANGUAGE = (
-    "It has + - * / // % ** << >> & | ^ ~, comparisons, abs, torch.where, minimum, maximum, clamp, casts, indexing of captured "
-    "tensors, and exp, exp2, log, log2, log1p, sqrt, rsqrt, tanh, sigmoid, erf, sin, cos, floor, ceil, sign, relu, silu, softplus"
+    "It has + - * / // % ** << >> & | ^ ~, comparisons, abs, torch.where, minimum, maximum, clamp, casts, indexing of "
+    "captured tensors, and exp, exp2, log, log2, log1p, sqrt, rsqrt, tanh, sigmoid, erf, sin, cos, floor, ceil, sign, "
+    "relu, silu, softplus"
 )
 _NO_BRANCH = (
-    "a mask is computed for every pair at once, so Python's if, and, or, not, min() and max() cannot look at an index: write "
-    "& for and, | for or, ~ for not, torch.where(condition, x, y) for if, torch.minimum and torch.maximum for min and max"
+    "a mask is computed for every pair at once, so Python's if, and, or, not, min() and max() cannot look at an index: "
+    "write & for and, | for or, ~ for not, torch.where(condition, x, y) for if, torch.minimum for min, torch.maximum "
+    "for max"
 )
 _NO_NUMBER = "an index is not one number while the mask is traced: {} cannot be used; compute with q_idx itself"
 ADVICE = {

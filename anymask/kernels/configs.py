@@ -52,8 +52,8 @@ FAMILIES = {
 # fmt: off
 ROWS = (
     # sm_90, H200: starting points taken from FlexAttention's rows, not yet measured here
-    Row("sm_90", "half", 64, Config(128, 128, 8, 3), Config(64, 128, 8, 3), Config(128, 64, 8, 3)),
-    Row("sm_90", "half", 128, Config(128, 64, 8, 3), Config(64, 128, 8, 3), Config(128, 64, 8, 3)),
+    Row("sm_90", "half", 64, Config(64, 64, 4, 3), Config(64, 64, 4, 3), Config(64, 64, 4, 3)),
+    Row("sm_90", "half", 128, Config(64, 64, 4, 3), Config(32, 64, 4, 3), Config(128, 64, 8, 3)),
     Row("sm_90", "half", 256, Config(128, 64, 8, 2), Config(64, 64, 8, 1), Config(64, 64, 8, 2)),
     Row("sm_90", "tf32", 64, Config(128, 64, 8, 2), Config(64, 64, 8, 2), Config(64, 64, 4, 2)),
     Row("sm_90", "tf32", 128, Config(128, 32, 8, 2), Config(32, 64, 8, 2), Config(64, 32, 4, 2)),

@@ -197,10 +197,10 @@ def backward(
     return dq, dk, dv
 
 
-def exact(kinds: Tensor, mask: Expr, bindings: Bindings, Sq: int, Skv: int, tile: tuple[int, int]) -> Tensor:
+def exact(kinds: Tensor, mask: Expr, bindings: Bindings, Sq: int, Skv: int, tile: tuple[int, int]) -> None:
     """Where kinds [Bm, Hm, num_q, num_kv] int8 is 3 (undecided), write 0 empty, 1 partial or 2 full. In place."""
     if kinds.numel() == 0:
-        return kinds
+        return
     arguments = _bind(bindings)
     _, Hm, num_q, num_kv = kinds.shape
     with _device_of(kinds):
@@ -215,11 +215,10 @@ def exact(kinds: Tensor, mask: Expr, bindings: Bindings, Sq: int, Skv: int, tile
             MASK=_function(mask, "mask", arguments.wide),
             TILE_Q=tile[0],
             TILE_KV=tile[1],
-            BLOCK_Q=min(tile[0], 64),
-            BLOCK_KV=min(tile[1], 64),
+            BLOCK_Q=min(_power_of_two(tile[0]), 64),
+            BLOCK_KV=min(_power_of_two(tile[1]), 64),
             num_warps=4,
         )
-    return kinds
 
 
 class _Arguments:
@@ -282,6 +281,11 @@ def _config(config: Config | None) -> Config:
 
 def _ceil(x: int, y: int) -> int:
     return -(-x // y)
+
+
+def _power_of_two(x: int) -> int:
+    """The smallest power of two from x on."""
+    return 1 << (x - 1).bit_length()
 
 
 def _device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -108,8 +108,11 @@ def _tuned(D: int, Dv: int, dtype: torch.dtype, mods: Mods, tile: tuple[int, int
 
 
 def default_tile(problem: Problem) -> tuple[int, int]:
-    """The tile of a map that nobody chose: (queries, keys). Every kernel's tiles divide it."""
-    return 128, 128
+    """The tile of a map that nobody chose: (queries, keys). Every kernel's tiles divide it.
+
+    On a CPU 128 x 64: 8,192 packed tokens forward and backward 276 ms, 128 x 128 297 ms (2 cores, 2026-11-22).
+    """
+    return (128, 64) if problem.device.type == "cpu" else (128, 128)
 
 
 def padded(D: int) -> int:

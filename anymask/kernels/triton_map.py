@@ -30,12 +30,14 @@ def classify_kernel(
         h = (head % Hm).to(tl.int32)
         shows = 0
         hides = 0
-        STEPS_KV: tl.constexpr = TILE_KV // BLOCK_KV
-        for step in range(TILE_Q // BLOCK_Q * STEPS_KV):
-            # [BLOCK_Q, 1] and [1, BLOCK_KV]
-            q_idx = q_tile * TILE_Q + step // STEPS_KV * BLOCK_Q + tl.arange(0, BLOCK_Q)[:, None]
-            kv_idx = kv_tile * TILE_KV + step % STEPS_KV * BLOCK_KV + tl.arange(0, BLOCK_KV)[None, :]
-            inside = (q_idx < Sq) & (kv_idx < Skv)
+        STEPS_KV: tl.constexpr = (TILE_KV + BLOCK_KV - 1) // BLOCK_KV
+        for step in range((TILE_Q + BLOCK_Q - 1) // BLOCK_Q * STEPS_KV):
+            # place in the tile: [BLOCK_Q, 1] and [1, BLOCK_KV]
+            row = step // STEPS_KV * BLOCK_Q + tl.arange(0, BLOCK_Q)[:, None]
+            column = step % STEPS_KV * BLOCK_KV + tl.arange(0, BLOCK_KV)[None, :]
+            q_idx = q_tile * TILE_Q + row
+            kv_idx = kv_tile * TILE_KV + column
+            inside = (row < TILE_Q) & (column < TILE_KV) & (q_idx < Sq) & (kv_idx < Skv)
             keep = MASK(b, h, q_idx, kv_idx, bindings[0], bindings[1], bindings[2])
             shows = tl.maximum(shows, tl.max((inside & keep).to(tl.int32)))
             hides = tl.maximum(hides, tl.max((inside & ~keep).to(tl.int32)))

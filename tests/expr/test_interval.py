@@ -14,7 +14,8 @@ from anymask.expr.bindings import Bindings
 from anymask.expr.evaluate import evaluate
 from anymask.expr.interval import Bounds, Grid, tile_bounds
 from anymask.expr.ir import SCORE, DType, Expr, Op, apply, cast, const, index
-from tests.expr.expressions import BOOL, COMPARE, FLOAT, INT32, INT64, OPERATIONS, bindings, expressions
+from tests.expr.expressions import COMPARE, FLOAT, INT32, INT64, OPERATIONS, bindings, expressions
+
 
 @st.composite
 def grids(draw: st.DrawFn) -> Grid:

@@ -83,7 +83,20 @@ def smooth(draw: st.DrawFn, depth: int = 3) -> Expr:
         return apply(kind, apply(Op.LT, x, y), x, y)
     if kind in (Op.LOG, Op.LOG2, Op.LOG1P, Op.SQRT, Op.RSQRT):
         return apply(kind, above)
-    if kind in (Op.EXP, Op.EXP2, Op.SIN, Op.COS, Op.ERF, Op.TANH, Op.SIGMOID, Op.FLOOR, Op.CEIL, Op.SIGN, Op.NEG, Op.ABS):
+    if kind in (
+        Op.EXP,
+        Op.EXP2,
+        Op.SIN,
+        Op.COS,
+        Op.ERF,
+        Op.TANH,
+        Op.SIGMOID,
+        Op.FLOOR,
+        Op.CEIL,
+        Op.SIGN,
+        Op.NEG,
+        Op.ABS,
+    ):
         return apply(kind, bounded)
     if kind in (Op.DIV, Op.MOD, Op.FLOORDIV):
         return apply(kind, x, above)

@@ -22,20 +22,28 @@ OFFSET = torch.tensor(3)
 FUNCTIONS: dict[str, Any] = {
     text: eval(f"lambda s, b, h, q, k: {text}", {"torch": torch, "F": F, "IDS": IDS, "BIAS": BIAS, "OFFSET": OFFSET})
     for line in """
-        q + k; q - k; 2 * q * k; q / (k + 1); q // 3; (q - k) // 3; (q - k) % 4; -7 // (k + 1); 7 % (k + 1); -q; 3 - q; 3 / (q + 1)
-        abs(q - k); (q - k).abs(); torch.abs(k - q); q**2; q.float() ** 0.5; 2 ** q.float(); torch.pow(q.float(), k.float())
+        q + k; q - k; 2 * q * k; q / (k + 1); q // 3; (q - k) // 3; (q - k) % 4; -7 // (k + 1); 7 % (k + 1); -q
+        3 - q; 3 / (q + 1)
+        abs(q - k); (q - k).abs(); torch.abs(k - q); q**2; q.float() ** 0.5; 2 ** q.float()
+        torch.pow(q.float(), k.float())
         q << 1; q >> 1; 1 << k; q & 3; q | 4; q ^ 5; ~q; q // -2; q % -3
-        torch.minimum(q, k); torch.maximum(q, k); torch.min(q, k); q.max(k); q.clamp(2, 5); torch.clamp(q, max=3); q.clamp_min(2)
-        torch.where(q > k, q, k); torch.where(q > k, 1, 0); torch.where(q > k, q, 0.5); q.where(q > k, k); s.masked_fill(q < k, 0.0)
-        (q > k).int() + (q < k).int(); q.float() * 0.5; q.to(torch.float32); q.to(dtype=torch.int64); (s * 3).to(torch.int32)
+        torch.minimum(q, k); torch.maximum(q, k); torch.min(q, k); q.max(k); q.clamp(2, 5); torch.clamp(q, max=3)
+        q.clamp_min(2)
+        torch.where(q > k, q, k); torch.where(q > k, 1, 0); torch.where(q > k, q, 0.5); q.where(q > k, k)
+        s.masked_fill(q < k, 0.0)
+        (q > k).int() + (q < k).int(); q.float() * 0.5; q.to(torch.float32); q.to(dtype=torch.int64)
+        (s * 3).to(torch.int32)
         q.long() * 5; (q > k).float(); q.bool().int(); s.long() + 1
         s + k; s * 2 - q; s / 3; s // 0.5; s % 0.7; s.abs(); -s; s**2; s**3; s.square(); torch.sign(s); s.reciprocal()
-        s.exp(); torch.exp2(s); torch.log(s.abs() + 1); s.abs().log2(); torch.log1p(s.abs()); s.abs().sqrt(); torch.rsqrt(s.abs() + 1)
-        s.tanh(); torch.sigmoid(s); F.sigmoid(s); torch.erf(s); torch.sin(s); torch.cos(s); torch.floor(s); s.ceil(); torch.relu(s)
+        s.exp(); torch.exp2(s); torch.log(s.abs() + 1); s.abs().log2(); torch.log1p(s.abs()); s.abs().sqrt()
+        torch.rsqrt(s.abs() + 1)
+        s.tanh(); torch.sigmoid(s); F.sigmoid(s); torch.erf(s); torch.sin(s); torch.cos(s); torch.floor(s)
+        s.ceil(); torch.relu(s)
         F.relu(s); F.silu(s); F.softplus(s)
         IDS[b, q]; IDS[1, q]; IDS[0, -1] + q; s + BIAS[h, q]; BIAS[h, k].float() * s; q + OFFSET; IDS[b, OFFSET] + q
         torch.ones_like(q) + q; torch.zeros_like(s) + q; torch.full_like(s, 3.5) + q; q.new_ones(()) * k
-        torch.remainder(q, 4); torch.floor_divide(q, 4); torch.div(q, 4, rounding_mode="floor"); torch.sub(q, k, alpha=2)
+        torch.remainder(q, 4); torch.floor_divide(q, 4); torch.div(q, 4, rounding_mode="floor")
+        torch.sub(q, k, alpha=2)
         torch.bitwise_and(q, 3); torch.true_divide(q, 4)
     """.replace("\n", ";").split(";")
     if (text := line.strip())
@@ -45,7 +53,8 @@ MASKS: dict[str, Any] = {
     for line in """
         q > k; q >= k; q < k; q <= k; q == k; q != k; 5 > q; 5 <= q; 3 == q; q > 1.5 * k
         (q > k) & (q < 5); (q > k) | (q < 5); (q > k) ^ (q < 5); ~(q > k); True & (q > k); (q > k) | False
-        torch.logical_and(q > k, q < 3); torch.logical_or(q > k, q < 3); torch.logical_not(q > k); torch.logical_xor(q > k, q < 3)
+        torch.logical_and(q > k, q < 3); torch.logical_or(q > k, q < 3); torch.logical_not(q > k)
+        torch.logical_xor(q > k, q < 3)
         IDS[b, q] == IDS[b, k]; (IDS[b, q] == IDS[b, k]) & (q // 2 >= k // 2); torch.where(h == 0, q >= k, k >= q)
         (q > k) == (k > 3); (q > k) > (k > 3); torch.ones_like(q, dtype=torch.bool); q.new_zeros((), dtype=torch.bool)
         (q.to(torch.int64) * 2**40 > k); (q > k) * (q > 2); (q > k) + (q > 2)
@@ -114,8 +123,6 @@ def _branch(b: Any, h: Any, q: Any, k: Any) -> Any:
     return k < 0
 
 
-
-
 REFUSED: dict[str, tuple[Any, str]] = {
     "if": (_branch, "torch.where"),
     "and": (lambda b, h, q, k: q > k and q > 0, "& for and"),
@@ -131,7 +138,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "in": (lambda b, h, q, k: q in IDS, "bool table"),
     "unknown op": (lambda b, h, q, k: torch.fft.fft(q) > k, "not in the mask language"),
     "matmul": (lambda b, h, q, k: (IDS @ q) > k, "not in the mask language"),
-    "whole tensor": (lambda b, h, q, k: IDS == q, "must be indexed"),
+    "whole tensor": (lambda b, h, q, k: q == IDS, "must be indexed"),
     "slice": (lambda b, h, q, k: IDS[0:1, q] > 0, "no slice"),
     "too many indices": (lambda b, h, q, k: IDS[b, q, k] > 0, "3 indices"),
     "float index": (lambda b, h, q, k: IDS[b, q * 0.5] > 0, "must be an integer"),

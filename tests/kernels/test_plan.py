@@ -78,8 +78,9 @@ def test_backend(arch: str, dtype: torch.dtype, tile: tuple[int, int], backend: 
 
 
 def test_why_says_what_was_chosen() -> None:
-    why = choose(problem(128), HEAVY, (128, 128), arch="sm_90").why
-    assert "sm_90" in why and "score function" in why and "forward 128x64" in why
+    plan = choose(problem(128), HEAVY, (128, 128), arch="sm_90")
+    assert "sm_90" in plan.why and "score function" in plan.why
+    assert all(f"{kernel} {getattr(plan, kernel)}" in plan.why for kernel in KERNELS)
     assert "float64" in choose(problem(dtype=torch.float64), NONE, (128, 128), arch="sm_90").why
 
 
@@ -123,4 +124,4 @@ def test_config_is_obeyed() -> None:
 def test_small_numbers() -> None:
     assert [padded(D) for D in (8, 16, 24, 64, 72, 136, 256)] == [16, 16, 32, 64, 128, 256, 256]
     assert [family_of(arch) for arch in ("sm_89", "gfx90a", "sm_90", "sm_130")] == ["sm_86", "gfx942", "sm_90", "sm_86"]
-    assert default_tile(problem()) == (128, 128)
+    assert default_tile(problem()) == (128, 64)
