@@ -320,10 +320,16 @@ def timed(fn: Callable) -> tuple[Any, float]:
     return result, round(time.perf_counter() - start, 3)
 
 
-def median(fn: Callable) -> tuple[float, list[float]]:
-    """Median and [20th, 80th percentile] in ms."""
-    middle, low, high = triton.testing.do_bench(fn, warmup=25, rep=100, quantiles=[0.5, 0.2, 0.8])
-    return round(middle, 4), [round(low, 4), round(high, 4)]
+ROUNDS = 3
+
+
+def medians(fns: dict[str, Callable]) -> dict[str, tuple[float, list[float]]]:
+    """Median and [lowest, highest] ms of each. They take turns, so that a GPU that heats up is unfair to none."""
+    times: dict[str, list[float]] = {name: [] for name in fns}
+    for _ in range(ROUNDS):
+        for name, fn in fns.items():
+            times[name].append(triton.testing.do_bench(fn, warmup=15, rep=40, return_mode="median"))
+    return {name: (round(sorted(t)[ROUNDS // 2], 4), [round(min(t), 4), round(max(t), 4)]) for name, t in times.items()}
 
 
 def peak_mib(fn: Callable) -> float:
@@ -335,28 +341,17 @@ def peak_mib(fn: Callable) -> float:
     return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
 
 
-def measure(case: Case, fn: Callable, inputs: list[torch.Tensor], gate: Gate) -> dict:
-    *qkv, dout = inputs
+def backward(out: torch.Tensor, inputs: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    return torch.autograd.grad(out, inputs[:3], inputs[3], retain_graph=True)
 
-    def backward(out):
-        return torch.autograd.grad(out, qkv, dout, retain_graph=True)
 
-    out, first_fwd = timed(lambda: fn(*qkv))
-    grads, first_bwd = timed(lambda: backward(out))
+def check(fn: Callable, inputs: list[torch.Tensor], gate: Gate) -> dict:
+    """Errors, first calls and memory of one implementation. Raises Wrong."""
+    out, first_fwd = timed(lambda: fn(*inputs[:3]))
+    grads, first_bwd = timed(lambda: backward(out, inputs))
     errors = gate.check(out, grads)
-    del out, grads
-    row = {
-        **errors,
-        "first_fwd_s": first_fwd,
-        "first_bwd_s": first_bwd,
-        "peak_extra_mib": peak_mib(lambda: backward(fn(*qkv))),
-    }
-    row["fwd_ms"], row["fwd_spread_ms"] = median(lambda: fn(*qkv))
-    out = fn(*qkv)
-    row["bwd_ms"], row["bwd_spread_ms"] = median(lambda: backward(out))
-    row["fwd_tflops"] = round(case.flop / row["fwd_ms"] * 1e-9, 1)
-    row["bwd_tflops"] = round(2.5 * case.flop / row["bwd_ms"] * 1e-9, 1)
-    return row
+    peak = peak_mib(lambda: backward(fn(*inputs[:3]), inputs))
+    return {**errors, "first_fwd_s": first_fwd, "first_bwd_s": first_bwd, "peak_extra_mib": peak}
 
 
 def reason(error: BaseException) -> str:
@@ -370,25 +365,32 @@ def run_case(case: Case) -> list[dict]:
         gate = Gate(case, inputs)
     except Exception as error:
         return [{"work": case.work, "impl": impl, "failed": f"no reference: {reason(error)}"} for impl in PROVIDERS]
-    rows = []
+    rows, fns = {}, {}
     for impl, provide in PROVIDERS.items():
         row = {"work": case.work, "impl": impl}
         try:
             fn = provide(case)
             if fn is None:
                 continue
-            row.update(measure(case, fn, inputs, gate))
+            row.update(check(fn, inputs, gate))
+            fns[impl] = fn
         except Exception as error:
             row["failed"] = reason(error)
-        rows.append(row)
+        rows[impl] = row
         torch.cuda.empty_cache()
+    outs = {impl: fn(*inputs[:3]) for impl, fn in fns.items()}
+    for side, flop, calls in (
+        ("fwd", case.flop, {impl: lambda fn=fn: fn(*inputs[:3]) for impl, fn in fns.items()}),
+        ("bwd", 2.5 * case.flop, {impl: lambda out=out: backward(out, inputs) for impl, out in outs.items()}),
+    ):
+        times = medians(calls)
+        for impl, (ms, spread) in times.items():
+            row = rows[impl]
+            row[f"{side}_ms"], row[f"{side}_spread_ms"], row[f"{side}_tflops"] = ms, spread, round(flop / ms * 1e-9, 1)
+            if "flex" in times:
+                row[f"{side}_speed_over_flex"] = round(times["flex"][0] / ms, 3)
     torch._dynamo.reset()
-    flex = rows[0]
-    for row in rows:
-        for time_of in ("fwd_ms", "bwd_ms"):
-            if time_of in row and time_of in flex:
-                row[f"{time_of[:3]}_speed_over_flex"] = round(flex[time_of] / row[time_of], 3)
-    return rows
+    return list(rows.values())
 
 
 def brute_force_kinds(case: Case, tile: int) -> torch.Tensor:
@@ -426,7 +428,7 @@ def maps() -> list[dict]:
                     raise Wrong("the map differs from brute force")
                 del blocks
                 row["peak_extra_mib"] = peak_mib(make)
-                row["ms"], row["spread_ms"] = median(make)
+                row["ms"], row["spread_ms"] = medians({impl: make})[impl]
             except Exception as error:
                 row["failed"] = reason(error)
             rows.append(row)
