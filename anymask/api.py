@@ -64,12 +64,11 @@ def attention(
     problem = Problem.of(q, k, v)
     if block_map is None:
         program = _trace(mask, score_mod, problem.device)
-        block_map = _find_map(
-            program, problem.B, problem.Hq, problem.Sq, problem.Skv, default_tile(problem), problem.device
-        )
+        tile = default_tile(problem.device.type, max(problem.Sq, problem.Skv), mask is not None)
+        block_map = _find_map(program, problem.B, problem.Hq, problem.Sq, problem.Skv, tile, problem.device)
     else:
         program = _trace_with(block_map, mask, score_mod, problem)
-    out, lse = ops.forward(
+    out, lse = ops.attention(
         q,
         k,
         v,
@@ -122,11 +121,11 @@ def _config_text(config: Mapping[str, Config | Mapping[str, int]]) -> str:
 
 
 def _trace(mask: MaskFunction | Tensor | None, score_mod: ScoreFunction | None, device: torch.device) -> Trace:
-    if isinstance(mask, Tensor):
-        mask = mask_from(mask)
-    elif mask is not None:
-        mask = from_function(mask)
-    return trace(None if mask is None else mask.function, score_mod, device)
+    if mask is None:
+        return trace(None, score_mod, device)
+    mask = mask_from(mask) if isinstance(mask, Tensor) else from_function(mask)
+    program = mask.trace(device)
+    return trace_score(program.mask, program.mask_bindings, score_mod, device)
 
 
 def _trace_with(

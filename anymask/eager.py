@@ -267,7 +267,8 @@ class _Call:
         kv_idx = torch.cat([chunk.kv_idx[start:stop] for start, stop in chunk.masked])
         indices = self.indices(strip, kv_idx)
         is_visible = evaluate(self.mods.mask, self.bindings, **indices)
-        is_visible = is_visible.expand(torch.broadcast_shapes(is_visible.shape, indices["kv_idx"].shape))
+        # torch.broadcast_shapes would import sympy: 2 s at the first call
+        is_visible, _ = torch.broadcast_tensors(is_visible, indices["kv_idx"])
         return is_visible.to(self.bits_dtype).neg_()
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from anymask.errors import InputError, MaskError
 from anymask.expr.evaluate import evaluate
 from anymask.expr.mods import Mods, text_of
-from anymask.expr.trace import trace
+from anymask.expr.trace import Trace, check_captures, trace
 
 MaskFunction = Callable[[Any, Any, Any, Any], Any]
 PerBatch = int | Tensor  # one number for all sequences, or a tensor [B] with one each
@@ -25,12 +25,16 @@ class Mask:
     """A function (b, h, q_idx, kv_idx) -> bool that composes: a & b, a | b, a ^ b, ~a.
 
     function: as for FlexAttention's mask_mod.  name, parameters: what repr() shows.
+    is_fixed: function captures the same numbers and the same tensors at each call, so that one trace serves all calls;
+      what the tensors hold may change.
     """
 
-    def __init__(self, function: MaskFunction, name: str, *parameters: Any):
+    def __init__(self, function: MaskFunction, name: str, *parameters: Any, is_fixed: bool = True):
         self.function = function
         self.name = name
         self.parameters = parameters  # put into words only by repr(): under torch.compile a number may be symbolic
+        self.is_fixed: bool = is_fixed and all(part.is_fixed for part in parameters if isinstance(part, Mask))
+        self._program: Trace | None = None
 
     def __call__(self, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
         return self.function(b, h, q_idx, kv_idx)
@@ -38,15 +42,18 @@ class Mask:
     # Below a Mask's function is called, not the Mask: torch 2.11's Dynamo tests the truth of what it calls.
 
     def __and__(self, other: MaskFunction) -> Mask:
-        x, y = self.function, from_function(other).function
+        other = from_function(other)
+        x, y = self.function, other.function
         return Mask(lambda b, h, q_idx, kv_idx: x(b, h, q_idx, kv_idx) & y(b, h, q_idx, kv_idx), "&", self, other)
 
     def __or__(self, other: MaskFunction) -> Mask:
-        x, y = self.function, from_function(other).function
+        other = from_function(other)
+        x, y = self.function, other.function
         return Mask(lambda b, h, q_idx, kv_idx: x(b, h, q_idx, kv_idx) | y(b, h, q_idx, kv_idx), "|", self, other)
 
     def __xor__(self, other: MaskFunction) -> Mask:
-        x, y = self.function, from_function(other).function
+        other = from_function(other)
+        x, y = self.function, other.function
         return Mask(lambda b, h, q_idx, kv_idx: x(b, h, q_idx, kv_idx) ^ y(b, h, q_idx, kv_idx), "^", self, other)
 
     def __invert__(self) -> Mask:
@@ -75,13 +82,22 @@ class Mask:
 
         return Mask(shifted, "shift", self, q, kv)
 
+    def trace(self, device: torch.device | None) -> Trace:
+        """The mask as a program, traced once if it is fixed. device: where its captured tensors must be."""
+        if not self.is_fixed or torch.compiler.is_compiling():
+            return trace(self.function, None, device)
+        if self._program is None:
+            self._program = trace(self.function, None, None)
+        check_captures(self._program.bindings, device)
+        return self._program
+
     def to_dense(self, B: int, H: int, Sq: int, Skv: int, device: torch.device | str | None = None) -> Tensor:
         """The mask as a bool tensor [B, H, Sq, Skv], True where the query sees the key: to look at, not to compute
         with.
 
         device: of the captured tensors; None takes the first one's, or the CPU where there is none.
         """
-        program = trace(self.function, None)
+        program = self.trace(None)
         captures = program.bindings.captures
         device = device or (captures[0].device if captures else "cpu")
         mods = Mods.of(text_of(program.mask, program.score), program.bindings.ints, program.bindings.floats)
@@ -102,7 +118,7 @@ def from_function(function: MaskFunction) -> Mask:
             f"a mask is a function (b, h, q_idx, kv_idx) -> bool or a Mask, got a {type(function).__name__}; "
             "a bool tensor becomes one by mask_from(tensor)"
         )
-    return Mask(function, "from_function", function)
+    return Mask(function, "from_function", function, is_fixed=False)
 
 
 def mask_from(tensor: Tensor) -> Mask:
@@ -155,7 +171,8 @@ def sliding_window(left: int | None, right: int | None) -> Mask:
 def document(ids: Tensor | None = None, *, cu_seqlens: Tensor | None = None, total: int | None = None) -> Mask:
     """Packed documents: a query sees the keys of its own document. Combine with causal().
 
-    ids: integers [S] or [B, S], in any order; a negative id is padding, which sees nothing and is seen by none.
+    ids: integers [S] or [B, S], in any order, compared as int32; a negative id, down to -2^31 + 1, is padding: it sees
+    nothing and nobody sees it.
     cu_seqlens: instead of ids, the documents' bounds [n + 1], as FlashAttention's varlen functions take them; they
       become
     ids here, once.  total: the sequence length that goes with it, tokens from cu_seqlens[-1] on being padding; without
@@ -174,8 +191,9 @@ def document(ids: Tensor | None = None, *, cu_seqlens: Tensor | None = None, tot
     of_token = ids
 
     def same(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
-        q_id, kv_id = (of_token[b, i] if of_token.dim() == 2 else of_token[i] for i in (q_idx, kv_idx))
-        return (q_id == kv_id) & (q_id >= 0)
+        q_id, kv_id = ((of_token[b, i] if of_token.dim() == 2 else of_token[i]).int() for i in (q_idx, kv_idx))
+        # padding queries take an id that no key has: work for each query, not for each pair
+        return torch.where(q_id < 0, torch.iinfo(torch.int32).min, q_id) == kv_id
 
     return Mask(same, "document", ids)
 

@@ -46,6 +46,9 @@ forward = torch.ops.anymask.forward.default
 backward = torch.ops.anymask.backward.default
 
 
+NUM_BLOCKS = 5  # tensors of a BlockMap
+
+
 def _implements(op: str) -> Callable[[Any], Any]:
     def register(function: Any) -> Any:
         _LIBRARY.impl(op, function, "CompositeExplicitAutograd")
@@ -237,22 +240,57 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.num_captures, ctx.program, ctx.how = len(captures), (ints, floats, text), how
 
 
-def _autograd(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, out, lse, *rest = ctx.saved_tensors
     captures, blocks = rest[: ctx.num_captures], rest[ctx.num_captures :]
     if dout is None:
         dout = torch.zeros_like(out)
-    gradients = backward(dout, dlse, q, k, v, out, lse, captures, *ctx.program, blocks, *ctx.how)
-    return (*gradients, *map(_no_gradient, (captures, *ctx.program, blocks, *ctx.how)))
+    return backward(dout, dlse, q, k, v, out, lse, captures, *ctx.program, blocks, *ctx.how)
+
+
+def _autograd(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+    ints, floats, _ = ctx.program
+    blocks = [None] * NUM_BLOCKS
+    others = (
+        [None] * ctx.num_captures,
+        _no_gradient(ints),
+        _no_gradient(floats),
+        None,
+        blocks,
+        *map(_no_gradient, ctx.how),
+    )
+    return (*_gradients(ctx, dout, dlse), *others)
 
 
 def _no_gradient(argument: Any) -> Any:
-    """None in the structure that torch.library wants: a list of None for a list of tensors, [] for an empty list."""
-    is_list = isinstance(argument, list) and all(isinstance(x, Tensor) for x in argument)
-    return [None] * len(argument) if is_list else None
+    """None in the structure that torch.library wants for an argument without tensors: [] for an empty list."""
+    return [] if isinstance(argument, list) and not argument else None
 
 
 torch.library.register_autograd("anymask::forward", _autograd, setup_context=_setup_context)
+
+
+class _Attention(torch.autograd.Function):
+    """The op's own autograd without torch.library's handling of tensor lists: 60 us less a call (CPU, 2026-11-22)."""
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, program_and_how: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        return forward(q, k, v, *program_and_how)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _setup_context(ctx, (*inputs[:3], *inputs[3]), output)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+        return (*_gradients(ctx, dout, dlse), None)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *program_and_how: Any) -> tuple[Tensor, Tensor]:
+    """The op `forward` with its gradient, by the shorter way where no graph is compiled."""
+    if torch.compiler.is_compiling():
+        return forward(q, k, v, *program_and_how)
+    return _Attention.apply(q, k, v, program_and_how)
 
 
 def _no_second_derivative(ctx: Any, *gradients: Any) -> Any:

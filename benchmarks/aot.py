@@ -64,7 +64,7 @@ class Job:
     arch: str
     Sq: int = 1024  # a multiple of the tile: kernels drop their tail tests
     kernels: tuple[str, ...] = KERNELS
-    tile: int = 128
+    tile: int = 64
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def full_jobs() -> Iterator[Job]:
             yield Job("causal_top_left", score, "bf16", 128, 128, arch, Sq=1000)
         for dtype in DTYPES:
             for D, Dv in ((8, 8), (40, 40), (64, 64), (128, 128), (256, 256), (192, 128), (64, 256), (256, 16)):
-                yield Job("documents_causal", "", dtype, D, Dv, arch)
+                yield Job("documents_causal", "", dtype, D, Dv, arch, tile=128)
     for arch in TARGETS:
         for D in (64, 256):
             yield Job("documents_causal", "capped", "bf16", D, D, arch, Sq=1000, tile=16)

@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -459,14 +460,20 @@ def first_call() -> list[dict]:
 
 
 def first_call_of(impl: str) -> None:
-    """In a process of its own, libraries imported and CUDA awake: trace, map, compile and run, then the backward."""
+    """In a process of its own: trace, map, compile and run a mask, then its backward.
+
+    wake_s is a forward and backward without a mask before it: what the process pays once, for importing and starting
+    Triton, CUDA and autograd.
+    """
     case = documents_case(16384)
     inputs = make_inputs(case)
     *qkv, dout = inputs
+    other = Case("wake", 1, 16, 16, 16384, 128, 16384**2)
+    _, wake_s = timed(lambda: backward(PROVIDERS[impl](other)(*qkv), inputs))
     out, forward_s = timed(lambda: PROVIDERS[impl](case)(*qkv))
     grads, backward_s = timed(lambda: torch.autograd.grad(out, qkv, dout))
     Gate(case, inputs).check(out, grads)
-    print(json.dumps({"first_fwd_s": forward_s, "first_bwd_s": backward_s}))
+    print(json.dumps({"wake_s": wake_s, "first_fwd_s": forward_s, "first_bwd_s": backward_s}))
 
 
 # ---- rows
@@ -515,6 +522,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     groups = [*CASES, "maps", "first_call"]
     parser.add_argument("groups", nargs="*", metavar="group", help=f"which works: {', '.join(groups)}; all by default")
+    parser.add_argument("--only", default="", help="works whose name matches this regular expression")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "gpu.jsonl")
     parser.add_argument("--first-call-of", choices=PROVIDERS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -541,7 +549,8 @@ def main() -> None:
         for group in arguments.groups or groups:
             if group in CASES:
                 for case in CASES[group]():
-                    keep(run_case(case))
+                    if re.search(arguments.only, case.work):
+                        keep(run_case(case))
             else:
                 keep({"maps": maps, "first_call": first_call}[group]())
     print(f"\n{HEADER}")

@@ -77,7 +77,10 @@ def _seen_kinds(mask: Expr, bindings: Bindings, grid: Grid, tiles: Tiles, points
     """Kinds of tiles from points x points of their elements, or all: int8, UNDECIDED where the points do not tell."""
     num_q, num_kv = (min(points, size) for size in grid.tile)
     visible = evaluate(mask, bindings, **grid.points(tiles, num_q, num_kv))
-    visible = visible.expand(*torch.broadcast_shapes(*(index.shape for index in tiles)), num_q, num_kv)
+    shape = torch.broadcast_tensors(*tiles)[
+        0
+    ].shape  # not torch.broadcast_shapes, which imports sympy: 2 s at first call
+    visible = visible.expand(*shape, num_q, num_kv)
     some, every = visible.any(-1).any(-1), visible.all(-1).all(-1)
     if (num_q, num_kv) == grid.tile:
         return some.to(torch.int8) + every.to(torch.int8)

@@ -243,7 +243,7 @@ class Tape(TorchFunctionMode):
                 )
             if self.type_of(index) in (DType.BOOL, DType.FLOAT):
                 raise MaskError(f"an index must be an integer, got {self.type_of(index).value}: use .to(torch.int32)")
-        self.check_capture(tensor)
+        check_capture(tensor, self.device)
         if len(indices) > tensor.dim():
             raise MaskError(f"{len(indices)} indices for a captured tensor of shape {tuple(tensor.shape)}")
         if len(indices) < tensor.dim():
@@ -259,23 +259,6 @@ class Tape(TorchFunctionMode):
                 return slot
         self.captures.append(tensor)
         return len(self.captures) - 1
-
-    def check_capture(self, tensor: Tensor) -> None:
-        if tensor.device.type == "meta":  # stand-ins are there: one went through an operation that did not arrive here
-            raise MaskError(
-                "an operation on an index did not reach the tracer; under torch.compile the builtin abs() is one: "
-                "write torch.abs(x)"
-            )
-        if self.device is not None and tensor.device != self.device:
-            raise MaskError(
-                f"a captured tensor of shape {tuple(tensor.shape)} is on {tensor.device} but q is on {self.device}: "
-                f'move it once, outside the mask, with .to("{self.device}")'
-            )
-        if tensor.requires_grad and torch.is_grad_enabled():
-            raise MaskError(
-                f"a captured tensor of shape {tuple(tensor.shape)} requires grad, and gradients to captured tensors "
-                "are not computed: capture it as tensor.detach(), or call under torch.no_grad()"
-            )
 
     def finish(self, role: str, result: Any, dtype: DType) -> str:
         """The program text whose last line is the function's result."""
@@ -299,6 +282,31 @@ class Tape(TorchFunctionMode):
     def true(self) -> int:
         self.put(Op.CONST, DType.BOOL, value=True)
         return len(self.lines) - 1
+
+
+def check_captures(bindings: Bindings, device: torch.device | None) -> None:
+    """check_capture for a program that was traced before."""
+    for tensor in bindings.captures:
+        check_capture(tensor, device)
+
+
+def check_capture(tensor: Tensor, device: torch.device | None) -> None:
+    """Raise MaskError where a mask or score function cannot read a captured tensor."""
+    if tensor.device.type == "meta":  # stand-ins are there: one went through an operation that did not arrive here
+        raise MaskError(
+            "an operation on an index did not reach the tracer; under torch.compile the builtin abs() is one: "
+            "write torch.abs(x)"
+        )
+    if device is not None and tensor.device != device:
+        raise MaskError(
+            f"a captured tensor of shape {tuple(tensor.shape)} is on {tensor.device} but q is on {device}: "
+            f'move it once, outside the mask, with .to("{device}")'
+        )
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise MaskError(
+            f"a captured tensor of shape {tuple(tensor.shape)} requires grad, and gradients to captured tensors "
+            "are not computed: capture it as tensor.detach(), or call under torch.no_grad()"
+        )
 
 
 # the functions of the language

@@ -5,6 +5,22 @@ import triton.language as tl
 
 
 @triton.jit
+def opaque(x):
+    """x, by a move that LLVM cannot look into. NVIDIA only.
+
+    LLVM packs comparisons with consecutive or loaded numbers into bit masks, which costs registers and half as many
+    instructions again (sm_90, causal forward, 128 x 128: 826 -> 629 per masked step).
+    """
+    if x.dtype == tl.int32:
+        x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1)
+    elif x.dtype == tl.int64:
+        x = tl.inline_asm_elementwise("mov.b64 $0, $1;", "=l,l", [x], dtype=tl.int64, is_pure=True, pack=1)
+    elif x.dtype == tl.float32:
+        x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return x
+
+
+@triton.jit
 def floor_divide(x, y):
     """x // y rounded towards minus infinity, as in Python; x // 0 = 0."""
     safe = tl.where((y == 0) | (y == -1), 1, y)  # the smallest integer // -1 traps

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from anymask.blocks.block_map import BlockMap
 from anymask.expr.bindings import Bindings
-from anymask.expr.emit import emit, odd
+from anymask.expr.emit import emit, emit_hide, odd
 from anymask.expr.grad import derivative
 from anymask.expr.ir import Expr
 from anymask.expr.mods import Mods
@@ -41,9 +41,11 @@ def forward(
         return out.zero_(), lse.fill_(float("-inf"))
     config = _config(plan.forward)
     arguments = _bind(bindings)
-    mask, score, _ = _functions(mods, arguments.wide, has_gradient=False)
+    mask, score, _ = _functions(mods, arguments.wide, plan.is_ptx, has_gradient=False)
     if score is None and scale <= 0:
-        score = _function(mods.score, "score", arguments.wide)  # the identity: the kernel's short cut needs scale > 0
+        score = _function(
+            mods.score, "score", arguments.wide, plan.is_ptx
+        )  # the identity: the kernel's short cut needs scale > 0
     with _device_of(q):
         forward_kernel[(B * Hq * _ceil(Sq, config.BLOCK_Q),)](
             q,
@@ -70,7 +72,6 @@ def forward(
             TILE_KV=blocks.tile[1],
             IS_EVEN_KV=Skv % blocks.tile[1] == 0,
             PRECISION=plan.precision,
-            IS_PTX=plan.arch.startswith("sm_"),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
             **_head_dims(D, Dv),
@@ -104,7 +105,7 @@ def backward(
     if B == 0 or Hq == 0 or Sq == 0 or Skv == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
     arguments = _bind(bindings)
-    mask, score, score_gradient = _functions(mods, arguments.wide, has_gradient=True)
+    mask, score, score_gradient = _functions(mods, arguments.wide, plan.is_ptx, has_gradient=True)
     tile_q, tile_kv = blocks.tile
     padded_Sq = _ceil(Sq, tile_q) * tile_q
     rows = torch.empty(B, Hq, padded_Sq, 2, dtype=torch.float32, device=q.device)
@@ -116,7 +117,6 @@ def backward(
         TILE_Q=tile_q,
         TILE_KV=tile_kv,
         PRECISION=plan.precision,
-        IS_PTX=plan.arch.startswith("sm_"),
         **_head_dims(D, Dv),
         **_addressing(q, k, v, dout, dq, dk, dv),
     )
@@ -242,18 +242,21 @@ _bind = _Arguments
 
 
 @functools.lru_cache(maxsize=4096)
-def _function(expr: Expr, name: str, wide: frozenset[int]) -> Any:
-    return jitted(emit(expr, name, wide), name)
+def _function(expr: Expr, name: str, wide: frozenset[int], is_ptx: bool = False) -> Any:
+    text = emit_hide(expr, name, wide, is_ptx) if name == "hide" else emit(expr, name, wide, is_ptx)
+    return jitted(text, name)
 
 
 @functools.lru_cache(maxsize=4096)
-def _functions(mods: Mods, wide: frozenset[int], has_gradient: bool) -> tuple[Any, Any, Any]:
+def _functions(mods: Mods, wide: frozenset[int], is_ptx: bool, has_gradient: bool) -> tuple[Any, Any, Any]:
     """The mask, the score function and its derivative, the last two None where the score is unchanged."""
-    mask = _function(mods.mask, "mask", wide)
+    mask = _function(mods.mask, "hide", wide, is_ptx)
     if not mods.has_score:
         return mask, None, None
-    score = _function(mods.score, "score", wide)
-    return mask, score, _function(derivative(mods.score), "score_gradient", wide) if has_gradient else None
+    score = _function(mods.score, "score", wide, is_ptx)
+    if not has_gradient:
+        return mask, score, None
+    return mask, score, _function(derivative(mods.score), "score_gradient", wide, is_ptx)
 
 
 def _map_arguments(order: Tensor, count: Tensor) -> tuple[Tensor, Tensor, tuple[int, int], int]:

@@ -32,6 +32,11 @@ class Plan:
     precision: str = "ieee"
     why: str = ""
 
+    @property
+    def is_ptx(self) -> bool:
+        """The kernels are for an NVIDIA GPU."""
+        return self.arch.startswith("sm_")
+
 
 def arch_of(device: torch.device) -> str:
     """Name of the architecture: sm_90, gfx942, "interpreter" (a CPU under TRITON_INTERPRET=1), else the device type."""
@@ -99,7 +104,7 @@ def _tuned(D: int, Dv: int, dtype: torch.dtype, mods: Mods, tile: tuple[int, int
     family = family_of(arch)
     arithmetic = "half" if dtype.itemsize == 2 else "ieee" if family == "interpreter" else precision
     need = Need.of(D, Dv, dtype, mods, family)
-    row = lookup(family, arithmetic, max(need.D, need.Dv))
+    row = lookup(family, arithmetic, max(need.D, need.Dv), mods.has_mask)
     chosen = {kernel: _fit(kernel, getattr(row, kernel), tile, need) for kernel in KERNELS}
     says = "; ".join(f"{kernel} {chosen[kernel]}" for kernel in KERNELS)
     works = " with a score function" if mods.has_score else ""
@@ -107,12 +112,16 @@ def _tuned(D: int, Dv: int, dtype: torch.dtype, mods: Mods, tile: tuple[int, int
     return Plan("triton", arch, **chosen, precision=precision, why=why)
 
 
-def default_tile(problem: Problem) -> tuple[int, int]:
-    """The tile of a map that nobody chose: (queries, keys). Every kernel's tiles divide it.
+def default_tile(device_type: str, length: int, has_mask: bool) -> tuple[int, int]:
+    """The tile of a map that nobody chose, (queries, keys), for the longer of Sq and Skv. Kernels' tiles divide it.
 
+    On a GPU 64 x 64 under a mask: of 16,384 tokens in 14 documents, causal, it visits 1.08 times the visible pairs, and
+    128 x 128 1.18 times with twice the masked work. Beyond 65,536 tokens 128 x 128 keeps the map small.
     On a CPU 128 x 64: 8,192 packed tokens forward and backward 276 ms, 128 x 128 297 ms (2 cores, 2026-11-22).
     """
-    return (128, 64) if problem.device.type == "cpu" else (128, 128)
+    if device_type == "cpu":
+        return 128, 64
+    return (64, 64) if has_mask and length <= 65536 else (128, 128)
 
 
 def padded(D: int) -> int:

@@ -127,19 +127,6 @@ def step_start(row, step, end, TILE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def column_indices(start, BLOCK: tl.constexpr, IS_PTX: tl.constexpr):
-    """[1, BLOCK] int32: the indices along the second axis of a score tile.
-
-    LLVM packs comparisons with consecutive numbers into bit masks, which costs registers and half as many instructions
-    again (sm_90, causal, 128 x 128: 826 -> 629 per masked step): on NVIDIA a move hides that they are consecutive.
-    """
-    columns = start + tl.arange(0, BLOCK)[None, :]
-    if IS_PTX:
-        columns = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [columns], dtype=tl.int32, is_pure=True, pack=1)
-    return columns
-
-
-@triton.jit
 def changed_score(qk, b, h, q_idx, kv_idx, scale, bindings, SCORE: tl.constexpr):
     """SCORE(scale * qk) in base 2, in the shape of qk."""
     score = SCORE(qk * scale, b, h, q_idx, kv_idx, bindings[0], bindings[1], bindings[2])
@@ -147,23 +134,31 @@ def changed_score(qk, b, h, q_idx, kv_idx, scale, bindings, SCORE: tl.constexpr)
 
 
 @triton.jit
-def probability(qk, lse_log2, b, h, q_idx, kv_idx, scale, bindings, keep, SCORE: tl.constexpr):
-    """P = exp2(score - lse), recomputed in the backward; 0 where keep (None: everywhere true) is false."""
-    if SCORE is None:
-        p = tl.exp2(qk * (scale * LOG2_E) - lse_log2)
-    else:
-        p = tl.exp2(changed_score(qk, b, h, q_idx, kv_idx, scale, bindings, SCORE) - lse_log2)
-    if keep is not None:
-        p = tl.where(keep, p, 0.0)
-    return p
+def hidden(x, other, index, length, b, h, q_idx, kv_idx, bindings, MASK: tl.constexpr, CHECK: tl.constexpr):
+    """x where the mask shows the pair, else other. MASK None: it shows all.
+
+    CHECK: also other where index, which is q_idx or kv_idx, has reached length, so that there is no such pair.
+    """
+    if MASK is not None:
+        x = MASK(x, other, b, h, q_idx, kv_idx, bindings[0], bindings[1], bindings[2])
+    if CHECK:
+        x = tl.where(index < length, x, other)
+    return x
 
 
 @triton.jit
-def score_gradient(p, dp, delta, qk, b, h, q_idx, kv_idx, scale, bindings, keep, SCORE_GRAD: tl.constexpr):
-    """dS = P * (dP - delta), times d score_out / d score_in; 0 where keep is false, whatever the derivative is."""
+def log2_probability(qk, lse_log2, b, h, q_idx, kv_idx, scale, bindings, SCORE: tl.constexpr):
+    """log2 P = score - lse in base 2, recomputed in the backward."""
+    if SCORE is None:
+        return qk * (scale * LOG2_E) - lse_log2
+    else:
+        return changed_score(qk, b, h, q_idx, kv_idx, scale, bindings, SCORE) - lse_log2
+
+
+@triton.jit
+def score_gradient(p, dp, delta, qk, b, h, q_idx, kv_idx, scale, bindings, SCORE_GRAD: tl.constexpr):
+    """dS = P * (dP - delta), times d score_out / d score_in, which may be anything where the pair is hidden."""
     ds = p * (dp - delta)
     if SCORE_GRAD is not None:
         ds *= SCORE_GRAD(qk * scale, b, h, q_idx, kv_idx, bindings[0], bindings[1], bindings[2])
-        if keep is not None:
-            ds = tl.where(keep, ds, 0.0)
     return ds

@@ -10,11 +10,11 @@ import triton.language as tl
 from anymask.kernels.tile import (
     LOG2_E,
     aligned,
-    column_indices,
     head_pointer,
+    hidden,
     load_tile,
+    log2_probability,
     map_row,
-    probability,
     score_gradient,
     step_start,
     store_tile,
@@ -117,7 +117,6 @@ def dkdv_steps(
     ALIGN: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
-    IS_PTX: tl.constexpr,
 ):
     """Steps begin .. end of a row: dk [BLOCK_KV, D_PAD] and dv [BLOCK_KV, DV_PAD] with their queries added.
 
@@ -133,24 +132,23 @@ def dkdv_steps(
         lse_log2, delta = tl.split(pairs.reshape(BLOCK_Q, 2))
         # S^T = K Q^T    [BLOCK_KV, BLOCK_Q] f32
         qk = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        # [1, BLOCK_Q]
-        q_idx = column_indices(q_start, BLOCK_Q, IS_PTX)
-        keep = None
-        if IS_MASKED:
-            keep = MASK(b, h, q_idx, kv_idx, bindings[0], bindings[1], bindings[2])
-            if SCORE is not None and not IS_EVEN_Q:
-                keep = keep & (q_idx < Sq)
-        elif SCORE is not None and not IS_EVEN_Q:
-            keep = q_idx < Sq
-        # P^T    [BLOCK_KV, BLOCK_Q] f32
-        p = probability(qk, lse_log2[None, :], b, h, q_idx, kv_idx, scale, bindings, keep, SCORE)
         dout = load_tile(dout_pointer, q_start, Sq, dout_strides, BLOCK_Q, DV, DV_PAD, ALIGN, WIDE, not IS_EVEN_Q)
-        # dV += P^T dO
-        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
         # dP^T = V dO^T    [BLOCK_KV, BLOCK_Q] f32
         dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+        # [1, BLOCK_Q]
+        q_idx = q_start + tl.arange(0, BLOCK_Q)[None, :]
+        # P^T    [BLOCK_KV, BLOCK_Q] f32
+        p = log2_probability(qk, lse_log2[None, :], b, h, q_idx, kv_idx, scale, bindings, SCORE)
+        CHECK_Q: tl.constexpr = SCORE is not None and not IS_EVEN_Q
+        SHOWS: tl.constexpr = MASK if IS_MASKED else None
+        # hidden before exp2, whose results LLVM would pack in pairs, with the conditions as bits
+        p = tl.exp2(hidden(p, float("-inf"), q_idx, Sq, b, h, q_idx, kv_idx, bindings, SHOWS, CHECK_Q))
+        # dV += P^T dO
+        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
         # dS^T
-        ds = score_gradient(p, dp, delta[None, :], qk, b, h, q_idx, kv_idx, scale, bindings, keep, SCORE_GRAD)
+        ds = score_gradient(p, dp, delta[None, :], qk, b, h, q_idx, kv_idx, scale, bindings, SCORE_GRAD)
+        if SCORE_GRAD is not None:
+            ds = hidden(ds, 0.0, q_idx, Sq, b, h, q_idx, kv_idx, bindings, SHOWS, CHECK_Q)
         # dK += dS^T Q
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
         q_start = next_start
@@ -198,7 +196,6 @@ def dkdv_kernel(
     ALIGN: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
-    IS_PTX: tl.constexpr,
 ):
     """dk and dv of one key tile, summed over the G query heads that read it. Grid: as the forward, first tile first."""
     num_blocks = tl.cdiv(Skv, BLOCK_KV)
@@ -279,7 +276,6 @@ def dkdv_kernel(
                 ALIGN,
                 WIDE,
                 PRECISION,
-                IS_PTX,
             )
 
     store_tile(
@@ -342,7 +338,6 @@ def dq_steps(
     ALIGN: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
-    IS_PTX: tl.constexpr,
 ):
     """Steps begin .. end of a row: dq [BLOCK_Q, D_PAD] with their keys added. lse_log2, delta: [BLOCK_Q, 1] f32."""
     CHECK_KV: tl.constexpr = IS_MASKED and not IS_EVEN_KV
@@ -356,15 +351,15 @@ def dq_steps(
         # dP = dO V^T    [BLOCK_Q, BLOCK_KV] f32
         dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
         # [1, BLOCK_KV]
-        kv_idx = column_indices(kv_start, BLOCK_KV, IS_PTX)
-        keep = None
-        if IS_MASKED:
-            keep = MASK(b, h, q_idx, kv_idx, bindings[0], bindings[1], bindings[2])
-            if CHECK_KV:
-                keep = keep & (kv_idx < Skv)
-        p = probability(qk, lse_log2, b, h, q_idx, kv_idx, scale, bindings, keep, SCORE)
+        kv_idx = kv_start + tl.arange(0, BLOCK_KV)[None, :]
+        # P    [BLOCK_Q, BLOCK_KV] f32
+        p = log2_probability(qk, lse_log2, b, h, q_idx, kv_idx, scale, bindings, SCORE)
+        SHOWS: tl.constexpr = MASK if IS_MASKED else None
+        p = tl.exp2(hidden(p, float("-inf"), kv_idx, Skv, b, h, q_idx, kv_idx, bindings, SHOWS, CHECK_KV))
         # dS    [BLOCK_Q, BLOCK_KV] f32
-        ds = score_gradient(p, dp, delta, qk, b, h, q_idx, kv_idx, scale, bindings, keep, SCORE_GRAD)
+        ds = score_gradient(p, dp, delta, qk, b, h, q_idx, kv_idx, scale, bindings, SCORE_GRAD)
+        if SCORE_GRAD is not None:
+            ds = hidden(ds, 0.0, kv_idx, Skv, b, h, q_idx, kv_idx, bindings, SHOWS, CHECK_KV)
         # dQ += dS K
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
         kv_start = next_start
@@ -410,7 +405,6 @@ def dq_kernel(
     ALIGN: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
-    IS_PTX: tl.constexpr,
 ):
     """dq of one query tile. Grid: as the forward."""
     num_blocks = tl.cdiv(Sq, BLOCK_Q)
@@ -480,7 +474,6 @@ def dq_kernel(
             ALIGN,
             WIDE,
             PRECISION,
-            IS_PTX,
         )
 
     store_tile(

@@ -7,8 +7,8 @@ from anymask.kernels.tile import (
     LN_2,
     LOG2_E,
     changed_score,
-    column_indices,
     head_pointer,
+    hidden,
     load_tile,
     map_row,
     step_start,
@@ -48,7 +48,6 @@ def softmax_steps(
     ALIGN: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
-    IS_PTX: tl.constexpr,
 ):
     """Steps begin .. end of a row: acc [BLOCK_Q, DV_PAD], row_max (base 2) and row_sum [BLOCK_Q] plus their keys."""
     CHECK_KV: tl.constexpr = IS_MASKED and not IS_EVEN_KV
@@ -59,14 +58,11 @@ def softmax_steps(
         # S = Q K^T    [BLOCK_Q, BLOCK_KV] f32
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         # [1, BLOCK_KV]
-        kv_idx = column_indices(kv_start, BLOCK_KV, IS_PTX)
+        kv_idx = kv_start + tl.arange(0, BLOCK_KV)[None, :]
         if SCORE is not None:
             s = changed_score(s, b, h, q_idx, kv_idx, scale, bindings, SCORE)
         if IS_MASKED:
-            keep = MASK(b, h, q_idx, kv_idx, bindings[0], bindings[1], bindings[2])
-            if CHECK_KV:
-                keep = keep & (kv_idx < Skv)
-            s = tl.where(keep, s, float("-inf"))
+            s = hidden(s, float("-inf"), kv_idx, Skv, b, h, q_idx, kv_idx, bindings, MASK, CHECK_KV)
         # [BLOCK_Q] f32, base 2; without a score function the scale (> 0) is applied inside exp2's multiply-add
         factor = scale * LOG2_E if SCORE is None else 1.0
         new_max = tl.maximum(row_max, tl.max(s, 1) * factor)
@@ -124,7 +120,6 @@ def forward_kernel(
     ALIGN: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
-    IS_PTX: tl.constexpr,
 ):
     """out and lse of one query tile. Grid: tiles of one head are neighbours, the last (heaviest if causal) first."""
     num_blocks = tl.cdiv(Sq, BLOCK_Q)
@@ -179,7 +174,6 @@ def forward_kernel(
             ALIGN,
             WIDE,
             PRECISION,
-            IS_PTX,
         )
 
     has_key = row_sum > 0

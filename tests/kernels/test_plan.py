@@ -124,4 +124,9 @@ def test_config_is_obeyed() -> None:
 def test_small_numbers() -> None:
     assert [padded(D) for D in (8, 16, 24, 64, 72, 136, 256)] == [16, 16, 32, 64, 128, 256, 256]
     assert [family_of(arch) for arch in ("sm_89", "gfx90a", "sm_90", "sm_130")] == ["sm_86", "gfx942", "sm_90", "sm_86"]
-    assert default_tile(problem()) == (128, 64)
+    assert default_tile("cpu", 100, True) == (128, 64)
+    assert [default_tile("cuda", *of) for of in ((65536, True), (65537, True), (100, False))] == [
+        (64, 64),
+        (128,) * 2,
+        (128,) * 2,
+    ]
