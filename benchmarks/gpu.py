@@ -440,7 +440,7 @@ def maps() -> list[dict]:
 def first_call() -> list[dict]:
     """First call of a mask no cache knows, and the same in a second process, which finds the first one's files."""
     rows = []
-    for impl in ("flex", "anymask"):
+    for impl in ("anymask", "flex"):
         with tempfile.TemporaryDirectory() as folder:
             env = {
                 **os.environ,

@@ -1,0 +1,30 @@
+"""A small case of each Triton kernel, to be run under NVIDIA's compute-sanitizer.
+
+PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python benchmarks/sanitize.py
+"""
+
+from __future__ import annotations
+
+import torch
+
+from anymask import alibi, attention, causal, document, mask_from, softcap
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    for dtype in (torch.bfloat16, torch.float32):
+        q, k, v = (
+            torch.randn(1, heads, length, D, device="cuda", dtype=dtype, requires_grad=True)
+            for heads, length, D in ((2, 150, 40), (1, 170, 40), (1, 170, 24))
+        )
+        ids = torch.randint(0, 3, (170,), device="cuda")
+        mask = (causal() & document(ids)) | mask_from(torch.rand(150, 170, device="cuda") < 0.5)
+        score_mod = softcap(3.0).then(alibi(torch.rand(2, device="cuda")))
+        attention(q, k, v, mask=mask, score_mod=score_mod).float().sum().backward()
+        attention(q, k, v).float().sum().backward()
+        assert all(bool(x.grad.isfinite().all()) for x in (q, k, v))
+    print("done")
+
+
+if __name__ == "__main__":
+    main()
