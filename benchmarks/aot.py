@@ -66,6 +66,11 @@ class Job:
     kernels: tuple[str, ...] = KERNELS
     tile: int = 64
 
+    @property
+    def is_tuned(self) -> bool:
+        """A case whose speed is measured and must not be lost."""
+        return self.arch == "sm_90" and self.dtype != "f32" and max(self.D, self.Dv) <= 128 and not self.score
+
 
 @dataclass(frozen=True)
 class Row:
@@ -74,6 +79,7 @@ class Row:
     config: Config | None
     registers: int
     spills: int  # bytes on NVIDIA, registers on AMD
+    is_serial: bool  # ptxas says that it serialised the wgmma products
     shared: int
     estimate: int | None  # of shared memory, by plan.py
     error: str = ""
@@ -81,6 +87,8 @@ class Row:
     @property
     def is_good(self) -> bool:
         limit = SHARED_LIMITS[family_of(self.job.arch)]
+        if self.is_serial and self.job.is_tuned:
+            return False
         return not self.error and self.shared <= (limit if self.estimate is None else min(limit, self.estimate))
 
 
@@ -169,18 +177,20 @@ def _compile(
     try:
         source = ASTSource(kernel, signature, constexprs, attrs)
         compiled = triton.compile(source, target=target, options=options.__dict__)
-        registers, spills = resources(compiled, target)
+        registers, spills, is_serial = resources(compiled, target)
     except Exception as error:
-        return Row(job, name, config, 0, 0, 0, estimate, f"{type(error).__name__}: {error}"[-300:].replace("\n", " "))
-    return Row(job, name, config, registers, spills, compiled.metadata.shared, estimate)
+        return Row(
+            job, name, config, 0, 0, False, 0, estimate, f"{type(error).__name__}: {error}"[-300:].replace("\n", " ")
+        )
+    return Row(job, name, config, registers, spills, is_serial, compiled.metadata.shared, estimate)
 
 
-def resources(compiled: Any, target: GPUTarget) -> tuple[int, int]:
-    """Registers per thread, and what is spilled (bytes on NVIDIA, registers on AMD)."""
+def resources(compiled: Any, target: GPUTarget) -> tuple[int, int, bool]:
+    """Registers per thread, what is spilled (bytes on NVIDIA, registers on AMD), and whether products are serialised."""
     if target.backend == "hip":
         text = compiled.asm["amdgcn"]
         spills = re.search(r"\.vgpr_spill_count:\s*(\d+)", text)
-        return int(re.search(r"\.vgpr_count:\s*(\d+)", text)[1]), int(spills[1]) if spills else 0
+        return int(re.search(r"\.vgpr_count:\s*(\d+)", text)[1]), int(spills[1]) if spills else 0, False
     ptx = compiled.asm["ptx"]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.ptx")
@@ -188,7 +198,10 @@ def resources(compiled: Any, target: GPUTarget) -> tuple[int, int]:
         arch = re.search(r"\.target (\w+)", ptx)[1]
         command = [get_ptxas(target.arch).path, "-v", f"--gpu-name={arch}", str(path), "-o", f"{folder}/cubin"]
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    return int(re.search(r"Used (\d+) registers", log)[1]), int(re.search(r"(\d+) bytes spill stores", log)[1])
+    registers, spills = (
+        int(re.search(pattern, log)[1]) for pattern in (r"Used (\d+) reg", r"(\d+) bytes spill stores")
+    )
+    return registers, spills, bool(re.search(r"\(C75\d\d\)", log))
 
 
 def _empty_map(num_tiles: int, tile: tuple[int, int]) -> Any:
@@ -215,7 +228,7 @@ def main() -> int:
                 job = row.job
                 what = f"{job.arch:7} {job.dtype:5} {job.D:3} {job.Dv:3} {job.mask:26} {job.score:18} {row.kernel:8}"
                 takes = f"{row.registers:4} {row.spills:6} {row.shared:7} {row.estimate or '-':>8}"
-                verdict = "" if row.is_good else f"BAD {row.error}"
+                verdict = ("serial " if row.is_serial else "") + ("" if row.is_good else f"BAD {row.error}")
                 print(f"{what} {row.config or '-'!s:30} {takes} {verdict}", flush=True)
                 bad += not row.is_good
     print(f"{len(jobs)} jobs, {bad} bad rows")

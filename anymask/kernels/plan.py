@@ -183,7 +183,7 @@ def shared_memory(kernel: str, config: Config, need: Need) -> int:
     held = outer * (need.D if kernel == "forward" else need.D + need.Dv) * need.itemsize
     tiles = inner * (need.D + need.Dv) * need.itemsize
     reads = (config.num_stages - 1) * (inner * (need.per_index + 8) + pairs * need.per_pair)
-    operands = pairs * need.itemsize * (3 if need.family == "sm_100" else 1)
+    operands = pairs * need.itemsize * (4 if need.family == "sm_100" else 1)
     if need.family == "gfx942":
         return max(held, config.num_stages * tiles) + reads + operands + 2048
     return held + max(2, config.num_stages) * tiles + reads + operands + 2048
