@@ -45,12 +45,11 @@ def attention(
 
     mask: a Mask (causal() & document(ids)), a function (b, h, q_idx, kv_idx) -> bool, or a bool tensor broadcastable to
       [B, Hq, Sq, Skv]; True where the query sees the key. None: all pairs.
-    score_mod: a function (score, b, h, q_idx, kv_idx) -> score; its gradient is derived. Captured tensors get no
-      gradient.
+    score_mod: a function (score, b, h, q_idx, kv_idx) -> score; its gradient is derived, but none for captured tensors.
     scale: of q k^T, before score_mod; 1 / sqrt(D) if None.
     block_map: of anymask.block_map(mask, ...), to build it once yourself; it carries its mask, so `mask` may be left
-      out.
-      Without one, a map is built and kept for the next call with the same mask, sizes and unchanged captured tensors.
+      out. Without one, a map is built and kept for the next call with the same mask, sizes and captured tensors as they
+      are now.
     return_lse: also return the log of the softmax sums (natural log, float32, [B, Hq, Sq]); it may be differentiated.
     deterministic: True asks for bitwise equal results run to run. All present kernels give that always.
     backend: "triton", "eager" or "reference" is obeyed or raises UnsupportedError; None chooses by device.
@@ -166,6 +165,6 @@ def _find_map(
     if torch.compiler.is_compiling():  # a compiled graph must own its map: Inductor reuses buffers in place
         tensors = build()
     else:
-        what = (program.mask, bindings.ints, bindings.floats, B, H, Sq, Skv, tile, device)
-        tensors = cache.find(what, bindings.captures, build)
+        what = (program.mask, bindings.ints, bindings.floats, B, H, Sq, Skv, tile)
+        tensors = cache.find(what, device, bindings.captures, build)
     return BlockMap.from_tensors(tensors, Sq, Skv, tile, program.mask, bindings)

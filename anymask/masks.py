@@ -145,8 +145,7 @@ def causal(offset: PerBatch = 0) -> Mask:
     """Query i sees the keys up to i + offset. offset: a number, or a tensor [B].
 
     0 aligns the first query with the first key (top-left). Where the queries are the last Sq of Skv tokens, as in
-    decoding
-    with a cache, causal(offset=Skv - Sq) aligns the last ones (bottom-right), as FlashAttention's causal=True does.
+    decoding with a cache, causal(offset=Skv - Sq) aligns the last ones (bottom-right), as FlashAttention's causal=True.
     """
     return Mask(lambda b, h, q_idx, kv_idx: kv_idx <= q_idx + _of(offset, b), "causal", offset)
 
@@ -174,9 +173,8 @@ def document(ids: Tensor | None = None, *, cu_seqlens: Tensor | None = None, tot
     ids: integers [S] or [B, S], in any order, compared as int32; a negative id, down to -2^31 + 1, is padding: it sees
     nothing and nobody sees it.
     cu_seqlens: instead of ids, the documents' bounds [n + 1], as FlashAttention's varlen functions take them; they
-      become
-    ids here, once.  total: the sequence length that goes with it, tokens from cu_seqlens[-1] on being padding; without
-    it the length is read from cu_seqlens[-1], which on a GPU waits for the device.
+    become ids here, once.  total: the sequence length that goes with it, tokens from cu_seqlens[-1] on being padding;
+    without it the length is read from cu_seqlens[-1], which on a GPU waits for the device.
     """
     if (ids is None) == (cu_seqlens is None):
         raise InputError("document() takes either ids or cu_seqlens=")

@@ -1,5 +1,4 @@
-"""The torch.library ops: schemas, fakes and autograd. Torch-only at import; Triton is imported when a kernel is
-launched.
+"""The torch.library ops: schemas, fakes and autograd. Torch-only at import; a kernel's launch imports Triton.
 
     anymask::block_map   the program, sizes -> the tensors of a BlockMap
     anymask::forward     q, k, v, the program, a map -> out, lse
@@ -83,18 +82,8 @@ def _block_map(
 
 
 @torch.library.register_fake("anymask::block_map")
-def _block_map_fake(
-    captures: list[Tensor],
-    ints: list[int],
-    floats: list[float],
-    text: str,
-    B: int,
-    H: int,
-    Sq: int,
-    Skv: int,
-    tile: list[int],
-    device: torch.device,
-) -> list[Tensor]:
+def _block_map_fake(*program_and_sizes: Any) -> list[Tensor]:
+    *_, text, B, H, Sq, Skv, tile, device = program_and_sizes
     B, H = map_heads(text, B, H)
     nQ, nKV = (Sq + tile[0] - 1) // tile[0], (Skv + tile[1] - 1) // tile[1]
     kinds = torch.empty(B, H, nQ, nKV, dtype=torch.int8, device=device)
@@ -131,63 +120,48 @@ class _Call:
     bindings: Bindings
     blocks: BlockMap
     plan: Plan
+    scale: float
 
     @staticmethod
     def of(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        problem: Problem,
         captures: list[Tensor],
         ints: list[int],
         floats: list[float],
         text: str,
         blocks: list[Tensor],
         tile: list[int],
+        scale: float,
         backend: str | None,
         config: str | None,
         deterministic: bool | None,
     ) -> _Call:
-        problem = Problem.of(q, k, v)
         bindings = Bindings(tuple(captures), tuple(ints), tuple(floats))
         mods = Mods.of(text, bindings.ints, bindings.floats)
         check_reads(mods, bindings, {"b": problem.B, "h": problem.Hq, "q_idx": problem.Sq, "kv_idx": problem.Skv})
-        tile_q, tile_kv = tile
+        block_map = BlockMap.from_tensors(blocks, problem.Sq, problem.Skv, (tile[0], tile[1]))
         plan = choose(
             problem,
             mods,
-            (tile_q, tile_kv),
+            block_map.tile,
             arch=arch_of(problem.device),
             backend=backend,
             config=None if config is None else json.loads(config),
             deterministic=deterministic,
         )
-        return _Call(mods, bindings, BlockMap.from_tensors(blocks, problem.Sq, problem.Skv, (tile_q, tile_kv)), plan)
+        return _Call(mods, bindings, block_map, plan, scale)
 
 
 @_implements("forward")
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    captures: list[Tensor],
-    ints: list[int],
-    floats: list[float],
-    text: str,
-    blocks: list[Tensor],
-    tile: list[int],
-    scale: float,
-    backend: str | None,
-    config: str | None,
-    deterministic: bool | None,
-) -> tuple[Tensor, Tensor]:
-    call = _Call.of(q, k, v, captures, ints, floats, text, blocks, tile, backend, config, deterministic)
+def _forward(q: Tensor, k: Tensor, v: Tensor, *program_and_how: Any) -> tuple[Tensor, Tensor]:
+    call = _Call.of(Problem.of(q, k, v), *program_and_how)
     if call.plan.backend == "triton":
         from anymask.kernels import launch
 
-        return launch.forward(q, k, v, call.mods, call.bindings, call.blocks, call.plan, scale)
+        return launch.forward(q, k, v, call.mods, call.bindings, call.blocks, call.plan, call.scale)
     if call.plan.backend == "eager":
-        return eager.forward(q, k, v, call.mods, call.bindings, call.blocks, scale)
-    return reference.forward(q, k, v, call.mods, call.bindings, scale)
+        return eager.forward(q, k, v, call.mods, call.bindings, call.blocks, call.scale)
+    return reference.forward(q, k, v, call.mods, call.bindings, call.scale)
 
 
 @torch.library.register_fake("anymask::forward")
@@ -205,25 +179,17 @@ def _backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    captures: list[Tensor],
-    ints: list[int],
-    floats: list[float],
-    text: str,
-    blocks: list[Tensor],
-    tile: list[int],
-    scale: float,
-    backend: str | None,
-    config: str | None,
-    deterministic: bool | None,
+    *program_and_how: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    call = _Call.of(q, k, v, captures, ints, floats, text, blocks, tile, backend, config, deterministic)
+    call = _Call.of(Problem.of(q, k, v), *program_and_how)
+    saved = (dout, dlse, q, k, v, out, lse, call.mods, call.bindings, call.blocks)
     if call.plan.backend == "triton":
         from anymask.kernels import launch
 
-        return launch.backward(dout, dlse, q, k, v, out, lse, call.mods, call.bindings, call.blocks, call.plan, scale)
+        return launch.backward(*saved, call.plan, call.scale)
     if call.plan.backend == "eager":
-        return eager.backward(dout, dlse, q, k, v, out, lse, call.mods, call.bindings, call.blocks, scale)
-    return reference.backward(dout, dlse, q, k, v, call.mods, call.bindings, scale)
+        return eager.backward(*saved, call.scale)
+    return reference.backward(dout, dlse, q, k, v, call.mods, call.bindings, call.scale)
 
 
 @torch.library.register_fake("anymask::backward")

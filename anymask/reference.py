@@ -1,7 +1,7 @@
 """The reference: attention in dense float64 torch. Slow and obvious; it defines every edge case.
 
-    S = q k^T * scale;  S = score_mod(S);  S = -inf where the mask hides;  P = softmax(S);  out = P v;  lse =
-    logsumexp(S)
+    S = q k^T * scale;  S = score_mod(S);  S = -inf where the mask hides
+    P = softmax(S);  out = P v;  lse = logsumexp(S)
 
 A row that sees no key has out = 0, lse = -inf and gives no gradient. A pair that the mask hides has no influence at
 all, also where the score function or its derivative is inf or nan there.

@@ -48,13 +48,11 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
 def check(
     got: tuple[Tensor, ...], exact: tuple[Tensor, ...], plain: tuple[Tensor, ...], slack: float = 2.0
 ) -> dict[str, float]:
-    """Assert that each result's error is at most slack times that of plain torch in the same dtype, both against
-    float64.
+    """Assert that each result's error is at most slack times that of plain torch in the same dtype.
 
-    got, exact, plain: results in the order of NAMES.  Returns the errors by name.
+    Both errors are against float64.  got, exact, plain: results in the order of NAMES.  Returns the errors by name.
     Two roundings that plain torch does not have are allowed on top: a float32 result's last bits (2e-7), and, for
-      gradients,
-    that of lse to float32: the backward computes P = exp(S - lse), whose relative error is |lse| * 2^-24.
+    gradients, that of lse to float32: the backward computes P = exp(S - lse), whose relative error is |lse| * 2^-24.
     """
     lse = exact[1].double()
     of_lse = 2.0**-24 * lse[lse.isfinite()].abs().mean().nan_to_num().item()

@@ -27,19 +27,21 @@ _entries: OrderedDict[Hashable, _Entry] = OrderedDict()
 _lock = threading.Lock()
 
 
-def find(what: Hashable, captures: tuple[Tensor, ...], build: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """The tensors of the kept map for `what` over these captured tensors, or of the one that build() makes, which is
-    kept.
+def find(
+    what: Hashable, device: torch.device, captures: tuple[Tensor, ...], build: Callable[[], tuple[Tensor, ...]]
+) -> tuple[Tensor, ...]:
+    """The tensors of the kept map for `what` over these captured tensors, or those that build() makes, then kept.
 
-    A captured tensor is told apart by storage, place in it, layout and version, so one that was changed in place gives
-    a new
-    map. Nothing is kept where that cannot be known or would be wrong: tensors made in inference mode have no version,
-    and
-    under a dispatch mode (fake tensors, checkpointing) or while a CUDA graph is captured results are not for others.
+    A captured tensor is told apart by storage, place in it, layout and version, so one that was changed in place
+    gives a new map. Nothing is kept where that cannot be known or would be wrong: tensors made in inference mode have
+    no version, and under a dispatch mode (fake tensors, checkpointing) or while a CUDA graph is captured results are
+    not for others.
     """
     if _is_private(captures):
         return build()
-    key = (what, tuple(_identity(tensor) for tensor in captures))
+    # a map is ready for the stream that it was built on, and for no other without waiting
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+    key = (what, device, stream, tuple(_identity(tensor) for tensor in captures))
     with _lock:
         entry = _entries.get(key)
         if entry is not None and not any(storage.expired() for storage in entry.storages):
@@ -60,7 +62,7 @@ def _is_private(captures: tuple[Tensor, ...]) -> bool:
     return (
         _get_current_dispatch_mode() is not None
         or any(type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_inference() for tensor in captures)
-        or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+        or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
     )
 
 

@@ -45,8 +45,8 @@ def attention(
 
     causal: aligned bottom-right, kv_idx <= q_idx + Lk - Lq; where Lq > Lk the first queries see no key and give 0.
     sm_scale: 1 / sqrt(D) if None.  eq: labels of the queries [B, H, Lq], ek: of the keys [B, H, Lk], needed by every
-      mode
-    but 0.  score_func_mode: SCORE_FUNC_MODE0_NOPE, SCORE_FUNC_MODE1_DOC or a number from register_score_func_mode().
+    mode but 0.  score_func_mode: SCORE_FUNC_MODE0_NOPE, SCORE_FUNC_MODE1_DOC or a number from
+    register_score_func_mode().
     """
     if not 0 <= score_func_mode < len(_modes):
         raise InputError(f"score_func_mode {score_func_mode} is not registered: there are 0 to {len(_modes) - 1}")

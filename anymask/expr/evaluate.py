@@ -25,9 +25,8 @@ def evaluate(
     """The value of expr at every combination of the indices.
 
     b, h, q_idx, kv_idx: integer tensors of mutually broadcastable shapes, on one device.  score: same, floating; its
-      dtype
-    then is the dtype of FLOAT, which else is `dtype`.  Returns a tensor broadcastable to their common shape: it is
-    smaller where the value does not depend on an index. BOOL is torch.bool, INT32 torch.int32, INT64 torch.int64.
+    dtype then is the dtype of FLOAT, which else is `dtype`.  Returns a tensor broadcastable to their common shape: it
+    is smaller where the value does not depend on an index. BOOL is torch.bool, INT32 torch.int32, INT64 torch.int64.
     """
     types = {
         DType.BOOL: torch.bool,

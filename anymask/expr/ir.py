@@ -1,14 +1,12 @@
 """The expression of a mask or a score change: one immutable, interned node type, and its canonical text.
 
 A mask is an Expr of dtype BOOL over the indices `b h q_idx kv_idx`; a score function is an Expr of dtype FLOAT that
-also
-reads `score`. Operands of one operation always have the same dtype (casts are nodes), so every pass is a table with one
-rule per Op and no promotion rules of its own.
+also reads `score`. Operands of one operation always have the same dtype (casts are nodes), so every pass is a table
+with one rule per Op and no promotion rules of its own.
 
 Numeric model: INT32 and INT64 wrap as in two's complement. FLOAT is float32 in kernels and float64 in the reference;
-  16-bit
-captured tensors are widened when they are read. Integer `//` and `%` round towards minus infinity as in Python, and
-`x // 0 = x % 0 = 0`. A captured read counts negative indices from the end, as torch does, and yields 0 outside the
+16-bit captured tensors are widened when they are read. Integer `//` and `%` round towards minus infinity as in Python,
+and `x // 0 = x % 0 = 0`. A captured read counts negative indices from the end, as torch does, and yields 0 outside the
 tensor.
 """
 

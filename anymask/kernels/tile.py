@@ -119,8 +119,8 @@ def map_row(order, count, map_strides, row_length, b, h, block):
 def step_start(row, step, end, TILE: tl.constexpr, BLOCK: tl.constexpr):
     """First index of what step `step` of a row visits: steps are the BLOCK-sized parts of the TILE-sized map tiles.
 
-    From end on it is of no meaning, but still an index of the row. A predicate on the load instead of the clamp made ptxas
-    serialise the products of dQ where TILE = BLOCK (C7515 on sm_90, 64 x 64, D = 128).
+    From end on it is of no meaning, but still an index of the row. A predicate on the load instead of the clamp made
+    ptxas serialise the products of dQ where TILE = BLOCK (C7515 on sm_90, 64 x 64, D = 128).
     """
     STEPS: tl.constexpr = TILE // BLOCK
     tile = tl.load(row + tl.maximum(tl.minimum(step, end - 1), 0) // STEPS)
