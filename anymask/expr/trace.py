@@ -2,8 +2,8 @@
 
 The functions run under a TorchFunctionMode, so that every torch operation on an index arrives here, also
 `ids[b, q_idx]` on a captured tensor. Each becomes one line of program text (the grammar of ir.to_text). What is not in
-FUNCTIONS below is not in the mask language. The same code runs in eager and is inlined by torch.compile: there captured tensors become
-graph inputs and captured numbers become op arguments, so a number that changes is never baked in.
+FUNCTIONS below is not in the mask language. The same code runs in eager and is inlined by torch.compile: there captured
+tensors become graph inputs and captured numbers become op arguments, so a number that changes is never baked in.
 """
 
 from __future__ import annotations
