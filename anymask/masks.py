@@ -15,7 +15,7 @@ from torch import Tensor
 from anymask.errors import InputError, MaskError
 from anymask.expr.evaluate import evaluate
 from anymask.expr.mods import Mods, text_of
-from anymask.expr.trace import Trace, check_captures, trace
+from anymask.expr.trace import Trace, check_captures, trace, with_min_max
 
 MaskFunction = Callable[[Any, Any, Any, Any], Any]
 PerBatch = int | Tensor  # one number for all sequences, or a tensor [B] with one each
@@ -118,7 +118,7 @@ def from_function(function: MaskFunction) -> Mask:
             f"a mask is a function (b, h, q_idx, kv_idx) -> bool or a Mask, got a {type(function).__name__}; "
             "a bool tensor becomes one by mask_from(tensor)"
         )
-    return Mask(function, "from_function", function, is_fixed=False)
+    return Mask(with_min_max(function), "from_function", function, is_fixed=False)
 
 
 def mask_from(tensor: Tensor) -> Mask:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from anymask.errors import InputError
+from anymask.expr.trace import with_min_max
 
 ScoreFunction = Callable[[Any, Any, Any, Any, Any], Any]
 
@@ -26,10 +27,10 @@ class ScoreMod:
 
     def then(self, other: ScoreFunction) -> ScoreMod:
         """This one first, other on its result. other: a ScoreMod or a plain function."""
-        function = self.function
+        function, other_function = self.function, with_min_max(other)
 
         def both(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
-            return other(function(score, b, h, q_idx, kv_idx), b, h, q_idx, kv_idx)
+            return other_function(function(score, b, h, q_idx, kv_idx), b, h, q_idx, kv_idx)
 
         return ScoreMod(both, "then", self, other)
 

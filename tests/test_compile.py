@@ -37,7 +37,7 @@ def packed(q: Tensor, k: Tensor, v: Tensor, ids: Tensor, width: int, cap: float)
     """Captured tensors, a captured int and a captured float, in functions made inside the compiled region."""
 
     def mask(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
-        return (ids[b, q_idx] == ids[b, kv_idx]) & (q_idx - kv_idx < width)
+        return (ids[b, q_idx] == ids[b, kv_idx]) & (max(q_idx - kv_idx, 0) < width)
 
     return attention(
         q, k, v, mask=causal() & mask, score_mod=lambda s, b, h, i, j: cap * torch.tanh(s / cap), return_lse=True

@@ -8,10 +8,12 @@ tensors become graph inputs and captured numbers become op arguments, so a numbe
 
 from __future__ import annotations
 
+import functools
 import inspect
 import linecache
 import os
 import traceback
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -87,9 +89,11 @@ def _run(role: str, function: ModFunction, tape: Tape, dtype: DType) -> str:
     score = tape.put(Op.SCORE, DType.FLOAT) if role == "score_mod" else None
     b, h, q_idx, kv_idx = [tape.put(Op.INDEX, DType.INT32, value=name) for name in INDEX_NAMES]
 
+    user = with_min_max(function)
+
     def call() -> str:
         with tape:
-            result = function(b, h, q_idx, kv_idx) if score is None else function(score, b, h, q_idx, kv_idx)
+            result = user(b, h, q_idx, kv_idx) if score is None else user(score, b, h, q_idx, kv_idx)
         return tape.finish(role, result, dtype)
 
     if torch.compiler.is_compiling():
@@ -98,6 +102,53 @@ def _run(role: str, function: ModFunction, tape: Tape, dtype: DType) -> str:
         return call()
     except Exception as error:
         raise _explain(role, function, error) from error
+
+
+def with_min_max(function: ModFunction) -> ModFunction:
+    """function, but where it says min or max and means Python's, these also take indices.
+
+    Python's own would ask for the truth of a comparison. Only names in the function itself are seen, not in those that
+    it calls; torch.compile knows min and max by itself.
+    """
+    if torch.compiler.is_compiling():
+        return function
+    plain = getattr(function, "__func__", function)
+    if not isinstance(plain, types.FunctionType):
+        return function
+    names = {"min", "max"}.intersection(plain.__code__.co_names).difference(plain.__globals__)
+    if not names:
+        return function
+
+    def call(*arguments: Any) -> Any:
+        replaced = {"min": _smallest, "max": _largest}
+        names_seen = {**plain.__globals__, **{name: replaced[name] for name in names}}  # as they are at this call
+        copy = types.FunctionType(plain.__code__, names_seen, plain.__name__, plain.__defaults__, plain.__closure__)
+        owner = getattr(function, "__self__", None)
+        return copy(*arguments) if owner is None else copy(owner, *arguments)
+
+    return call
+
+
+def _smallest(*values: Any, **options: Any) -> Any:
+    if not any(isinstance(value, Tensor) for value in values):
+        return min(*values, **options)
+    return functools.reduce(_smaller, values)
+
+
+def _largest(*values: Any, **options: Any) -> Any:
+    if not any(isinstance(value, Tensor) for value in values):
+        return max(*values, **options)
+    return functools.reduce(_larger, values)
+
+
+def _smaller(x: Any, y: Any) -> Any:
+    x, y = (x, y) if isinstance(x, Tensor) else (y, x)
+    return torch.minimum(x, y) if isinstance(y, Tensor) else torch.clamp(x, max=y)
+
+
+def _larger(x: Any, y: Any) -> Any:
+    x, y = (x, y) if isinstance(x, Tensor) else (y, x)
+    return torch.maximum(x, y) if isinstance(y, Tensor) else torch.clamp(x, min=y)
 
 
 class Tape(TorchFunctionMode):
@@ -597,9 +648,9 @@ LANGUAGE = (
     "relu, silu, softplus"
 )
 _NO_BRANCH = (
-    "a mask is computed for every pair at once, so Python's if, and, or, not, min() and max() cannot look at an index: "
-    "write & for and, | for or, ~ for not, torch.where(condition, x, y) for if, torch.minimum for min, torch.maximum "
-    "for max"
+    "a mask is computed for every pair at once, so Python's if, and, or, not cannot look at an index: "
+    "write & for and, | for or, ~ for not, torch.where(condition, x, y) for if, and in functions that a mask calls "
+    "torch.minimum and torch.maximum for min and max"
 )
 _NO_NUMBER = "an index is not one number while the mask is traced: {} cannot be used; compute with q_idx itself"
 ADVICE = {

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from anymask import MaskError, causal
+from anymask import MaskError, causal, from_function
 from anymask.expr.evaluate import evaluate
 from anymask.expr.mods import Mods, text_of
 from anymask.expr.trace import SCORE_TEXT, TRUE_TEXT, trace
@@ -117,6 +117,10 @@ def test_a_captured_tensor_is_captured_once() -> None:
     assert trace(None, None).mask == TRUE_TEXT and trace(None, None).score == SCORE_TEXT
 
 
+def nearer(q: Any, k: Any) -> Any:
+    return min(q, k)
+
+
 def _branch(b: Any, h: Any, q: Any, k: Any) -> Any:
     if q > k:
         return k > 0
@@ -129,7 +133,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "or": (lambda b, h, q, k: q > k or q > 0, "| for or"),
     "not": (lambda b, h, q, k: not q > k, "~ for not"),
     "chained comparison": (lambda b, h, q, k: 0 < q < k, "& for and"),
-    "builtin min": (lambda b, h, q, k: min(q, k) > 3, "torch.minimum"),
+    "min in a function that is called": (lambda b, h, q, k: nearer(q, k) > 3, "torch.minimum"),
     "range": (lambda b, h, q, k: sum(range(q)) > k, "range()"),
     "int": (lambda b, h, q, k: int(q) > k, "int()"),
     "float": (lambda b, h, q, k: float(q) > k, "float()"),
@@ -203,3 +207,31 @@ def test_indexing_in_two_steps_is_indexing_at_once() -> None:
         trace(mask, None) for mask in (lambda b, h, q, k: IDS[b, k] > q, lambda b, h, q, k: IDS[b][k] > q)
     )
     assert at_once.mask == in_steps.mask
+
+
+LIMIT = 4
+
+
+def test_python_min_and_max_take_indices() -> None:
+    class Layer:
+        def sees(self, b: Any, h: Any, q: Any, k: Any) -> Any:
+            return max(q - k, k - q, 1) < LIMIT
+
+    q, k = INDICES["q_idx"], INDICES["kv_idx"]
+    cases: list[tuple[Any, Any]] = [
+        (lambda b, h, q, k: min(q, k, 5) < max(k - 3, 2), torch.minimum(q, k).clamp(max=5) < (k - 3).clamp(min=2)),
+        (lambda b, h, q, k: max(2, 3) < min(q, k), torch.minimum(q, k) > 3),
+        (Layer().sees, (q - k).abs().clamp(min=1) < LIMIT),
+    ]
+    for function, expected in cases:
+        for mask in (from_function(function), from_function(function) & causal() | from_function(function)):
+            got = mask.to_dense(2, 3, 9, 9)
+            assert torch.equal(got, expected.expand(SHAPE))
+
+
+def test_a_global_number_is_read_anew() -> None:
+    global LIMIT
+    mask = from_function(lambda b, h, q, k: max(q - k, 0) < LIMIT)
+    for LIMIT in (4, 2):
+        expected = (INDICES["q_idx"] - INDICES["kv_idx"]) < LIMIT
+        assert torch.equal(mask.to_dense(2, 3, 9, 9), expected.expand(SHAPE))
