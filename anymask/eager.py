@@ -13,20 +13,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from anymask.blocks.block_map import BlockMap
+from anymask.expr.bindings import Bindings
 from anymask.expr.evaluate import evaluate
 from anymask.expr.grad import derivative
+from anymask.expr.ir import Expr
+from anymask.expr.mods import Mods
 from anymask.problem import dense_like
-
-if TYPE_CHECKING:
-    from anymask.blocks.block_map import BlockMap
-    from anymask.expr.bindings import Bindings
-    from anymask.expr.ir import Expr
-    from anymask.expr.mods import Mods
 
 LOG2_E = math.log2(math.e)
 CHUNK_SIZE = 1 << 20  # most elements of any tensor of a chunk; only a single KV tile of a single head may exceed it

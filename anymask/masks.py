@@ -15,7 +15,8 @@ from torch import Tensor
 from anymask.errors import InputError, MaskError
 from anymask.expr.evaluate import evaluate
 from anymask.expr.mods import Mods, text_of
-from anymask.expr.trace import Trace, check_captures, trace, with_min_max
+from anymask.expr.tape import check_captures
+from anymask.expr.trace import Trace, trace, with_min_max
 
 MaskFunction = Callable[[Any, Any, Any, Any], Any]
 PerBatch = int | Tensor  # one number for all sequences, or a tensor [B] with one each

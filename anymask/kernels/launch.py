@@ -42,10 +42,8 @@ def forward(
     config = _config(plan.forward)
     arguments = _bind(bindings)
     mask, score, _ = _functions(mods, arguments.wide, plan.is_ptx, has_gradient=False)
-    if score is None and scale <= 0:
-        score = _function(
-            mods.score, "score", arguments.wide, plan.is_ptx
-        )  # the identity: the kernel's short cut needs scale > 0
+    if score is None and scale <= 0:  # the identity: the kernel's short cut needs scale > 0
+        score = _function(mods.score, "score", arguments.wide, plan.is_ptx)
     with _device_of(q):
         forward_kernel[(B * Hq * _ceil(Sq, config.BLOCK_Q),)](
             q,
