@@ -70,7 +70,8 @@ class Job:
     @property
     def is_tuned(self) -> bool:
         """A case whose speed is measured: serialised products would lose it."""
-        is_measured = self.mask in ("everything", "causal_top_left", "documents_causal", "mode_1", "window")
+        masks = ("everything", "causal_top_left", "documents_causal", "mode_1", "window")
+        is_measured = self.mask in masks and self.score in ("", "capped", "linear_bias")
         return is_measured and self.arch == "sm_90" and self.dtype != "f32" and max(self.D, self.Dv) <= 128
 
 
