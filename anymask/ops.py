@@ -240,12 +240,10 @@ class _Attention(torch.autograd.Function):
     """The op's own autograd without torch.library's handling of tensor lists: 60 us less a call (CPU, 2026-11-22)."""
 
     @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, program_and_how: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-        return forward(q, k, v, *program_and_how)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        _setup_context(ctx, (*inputs[:3], *inputs[3]), output)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, program_and_how: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        output = forward(q, k, v, *program_and_how)
+        _setup_context(ctx, (q, k, v, *program_and_how), output)
+        return output
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:

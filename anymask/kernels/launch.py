@@ -73,7 +73,7 @@ def forward(
             num_warps=config.num_warps,
             num_stages=config.num_stages,
             **_head_dims(D, Dv),
-            **_addressing(q, k, v, out),
+            **_addressing(q.stride(), k.stride(), v.stride(), out.stride()),
         )
     return out, lse
 
@@ -116,7 +116,7 @@ def backward(
         TILE_KV=tile_kv,
         PRECISION=plan.precision,
         **_head_dims(D, Dv),
-        **_addressing(q, k, v, dout, dq, dk, dv),
+        **_addressing(*(x.stride() for x in (q, k, v, dout, dq, dk, dv))),
     )
     with _device_of(q):
         delta_kernel[(B * Hq * _ceil(padded_Sq, DELTA_BLOCK),)](
@@ -134,7 +134,7 @@ def backward(
             DV_PAD=padded(Dv),
             BLOCK_Q=DELTA_BLOCK,
             num_warps=4,
-            **_addressing(out, dout),
+            **_addressing(out.stride(), dout.stride()),
         )
         config = _config(plan.dkdv)
         dkdv_kernel[(B * Hkv * _ceil(Skv, config.BLOCK_KV),)](
@@ -268,10 +268,11 @@ def _head_dims(D: int, Dv: int) -> dict[str, int]:
     return {"D": D, "DV": Dv, "D_PAD": padded(D), "DV_PAD": padded(Dv)}
 
 
-def _addressing(*tensors: Tensor) -> dict[str, Any]:
+@functools.lru_cache(maxsize=4096)
+def _addressing(*strides: tuple[int, ...]) -> dict[str, Any]:
     """ALIGN: what divides every stride but the last.  WIDE: a tile of up to 256 x 256 can span 2^31 elements."""
-    is_aligned = all(stride % 8 == 0 for tensor in tensors for stride in tensor.stride()[:3])
-    is_wide = any(stride >= 1 << 22 for tensor in tensors for stride in tensor.stride()[2:])
+    is_aligned = all(stride % 8 == 0 for of_tensor in strides for stride in of_tensor[:3])
+    is_wide = any(stride >= 1 << 22 for of_tensor in strides for stride in of_tensor[2:])
     return {"ALIGN": 8 if is_aligned else 1, "WIDE": is_wide}
 
 
