@@ -251,6 +251,11 @@ def heads_differ(z: Sizes) -> Any:
 
 
 @mask
+def every_other_head(z: Sizes) -> Any:
+    return lambda b, h, q, k: (h % 2 == 0) & (b >= 0) & (q >= k)
+
+
+@mask
 def exclusive_or(z: Sizes) -> Any:
     return causal() ^ document(packed_ids(z))
 
