@@ -66,10 +66,8 @@ def softmax_steps(
         # [BLOCK_Q] f32, base 2; without a score function the scale (> 0) is applied inside exp2's multiply-add
         factor = scale * LOG2_E if SCORE is None else 1.0
         new_max = tl.maximum(row_max, tl.max(s, 1) * factor)
-        if IS_MASKED or SCORE is not None:
-            safe_max = tl.where(
-                new_max == float("-inf"), 0.0, new_max
-            )  # a row without a key so far: exp2(-inf - 0) = 0
+        if IS_MASKED or SCORE is not None:  # a row may have no key so far: exp2(-inf - 0) = 0
+            safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
         else:
             safe_max = new_max
         # P = exp2(S - max)    [BLOCK_Q, BLOCK_KV] f32
