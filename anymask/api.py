@@ -132,20 +132,25 @@ def _trace_with(
 ) -> Trace:
     """The programs of a call whose block map is given: the mask is the map's own."""
     B, H, _, _ = given.kinds.shape
-    if (given.Sq, given.Skv) != (problem.Sq, problem.Skv) or B not in (1, problem.B) or H not in (1, problem.Hq):
+    expected = ops.map_heads(text_of(given.text, SCORE_TEXT), problem.B, problem.Hq)
+    if (given.Sq, given.Skv) != (problem.Sq, problem.Skv) or expected != (B, H):
         raise InputError(
             f"the block map is for B={B} H={H} Sq={given.Sq} Skv={given.Skv}, but q, k, v have B={problem.B} "
             f"Hq={problem.Hq} Sq={problem.Sq} Skv={problem.Skv}: build it for these sizes"
         )
     if given.kinds.device != problem.device:
         raise InputError(f"the block map is on {given.kinds.device} and q on {problem.device}: build it there")
+    captures = given.bindings.captures
+    is_eager = not torch.compiler.is_compiling()
+    if is_eager and given.built_from is not None and given.built_from != cache.identities(captures):
+        raise InputError("a tensor that the block map's mask reads was changed since the map was built: build it anew")
     if mask is not None:
         other = _trace(mask, None, problem.device)
-        if (other.mask, other.mask_bindings.ints, other.mask_bindings.floats) != (
-            given.text,
-            given.bindings.ints,
-            given.bindings.floats,
-        ):
+        numbers = (other.mask_bindings.ints, other.mask_bindings.floats)
+        is_same = (other.mask, *numbers) == (given.text, given.bindings.ints, given.bindings.floats)
+        if is_same and is_eager:
+            is_same = cache.identities(other.mask_bindings.captures) == cache.identities(captures)
+        if not is_same:
             raise InputError("the block map was built for another mask: pass it alone, it carries its mask")
     return trace_score(given.text, given.bindings, score_mod, problem.device)
 
@@ -163,8 +168,7 @@ def _find_map(
         )
 
     if torch.compiler.is_compiling():  # a compiled graph must own its map: Inductor reuses buffers in place
-        tensors = build()
-    else:
-        what = (program.mask, bindings.ints, bindings.floats, B, H, Sq, Skv, tile)
-        tensors = cache.find(what, device, bindings.captures, build)
-    return BlockMap.from_tensors(tensors, Sq, Skv, tile, program.mask, bindings)
+        return BlockMap.from_tensors(build(), Sq, Skv, tile, program.mask, bindings)
+    what = (program.mask, bindings.ints, bindings.floats, B, H, Sq, Skv, tile)
+    tensors = cache.find(what, device, bindings.captures, build)
+    return BlockMap.from_tensors(tensors, Sq, Skv, tile, program.mask, bindings, cache.identities(bindings.captures))

@@ -51,7 +51,8 @@ def backward(
     dQ = dS @ K * scale
     dK = dS.mT @ q.double() * scale
     dK, dV = (x.view(B, Hkv, q.shape[1] // Hkv, Skv, x.shape[-1]).sum(2) for x in (dK, dV))
-    return tuple(dense_like(x, x.shape[3]).copy_(dX) for x, dX in ((q, dQ), (k, dK), (v, dV)))  # type: ignore[return-value]
+    dq, dk, dv = (dense_like(x, x.shape[3]).copy_(dX) for x, dX in ((q, dQ), (k, dK), (v, dV)))
+    return dq, dk, dv
 
 
 def _probabilities(

@@ -229,6 +229,20 @@ def test_a_given_map_carries_its_mask() -> None:
     torch.testing.assert_close(alone, attention(q, q, q, mask=mask, block_map=blocks, score_mod=softcap(2.0)))
 
 
+def test_a_given_map_of_other_or_changed_ids_is_refused() -> None:
+    q = torch.randn(2, 2, 40, 16)
+    ids = torch.randint(0, 3, (2, 40))
+    blocks = block_map(causal() & document(ids), 2, 2, 40, 40, device="cpu")
+    with pytest.raises(InputError, match="another mask"):
+        attention(q, q, q, mask=causal() & document(ids.clone()), block_map=blocks)
+    with pytest.raises(InputError, match="B=1"):
+        attention(q, q, q, block_map=block_map(causal() & document(ids), 1, 2, 40, 40, device="cpu"))
+    attention(q, q, q, block_map=blocks)
+    ids[0, 3] = 7
+    with pytest.raises(InputError, match="build it anew"):
+        attention(q, q, q, block_map=blocks)
+
+
 def test_numbers_of_a_mask_reach_the_ops_as_numbers() -> None:
     """A new window traces to the same text, so that nothing is compiled for it."""
     from anymask.expr.trace import trace

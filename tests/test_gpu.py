@@ -15,10 +15,7 @@ from anymask.testing import inputs
 from tests.cases import MASKS, SCORES, Sizes
 from tests.test_zoo import gradients, run
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
-]
+pytestmark = pytest.mark.gpu
 HALF = (torch.float16, torch.bfloat16)
 
 

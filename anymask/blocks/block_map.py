@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -27,6 +27,7 @@ class BlockMap:
     A tile is masked in both directions or in none.
 
     Sq, Skv: lengths.  tile: positions per tile along q and kv.  text, bindings: the mask that the map was built for.
+    built_from: cache.identities of the captured tensors then; None where they are not compared.
     """
 
     kinds: Tensor
@@ -39,6 +40,7 @@ class BlockMap:
     tile: tuple[int, int]
     text: str = ""
     bindings: Bindings = field(default_factory=Bindings)
+    built_from: Hashable = None
 
     @staticmethod
     def from_kinds(
@@ -61,10 +63,12 @@ class BlockMap:
         tile: tuple[int, int],
         text: str = "",
         bindings: Bindings | None = None,
+        built_from: Hashable = None,
     ) -> BlockMap:
         """The map whose `tensors` these are."""
         kinds, kv_order, kv_count, q_order, q_count = tensors
-        return BlockMap(kinds, kv_order, kv_count, q_order, q_count, Sq, Skv, tile, text, bindings or Bindings())
+        lists = (kv_order, kv_count, q_order, q_count)
+        return BlockMap(kinds, *lists, Sq, Skv, tile, text, bindings or Bindings(), built_from)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

@@ -41,7 +41,7 @@ def find(
         return build()
     # a map is ready for the stream that it was built on, and for no other without waiting
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
-    key = (what, device, stream, tuple(_identity(tensor) for tensor in captures))
+    key = (what, device, stream, identities(captures))
     with _lock:
         entry = _entries.get(key)
         if entry is not None and not any(storage.expired() for storage in entry.storages):
@@ -66,6 +66,16 @@ def _is_private(captures: tuple[Tensor, ...]) -> bool:
     )
 
 
-def _identity(tensor: Tensor) -> Hashable:
-    storage = tensor.untyped_storage()
-    return storage._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version
+def identities(captures: tuple[Tensor, ...]) -> Hashable:
+    """What tells captured tensors, and what they hold, apart. One made in inference mode shows no change in place."""
+    return tuple(
+        (
+            tensor.untyped_storage()._cdata,
+            tensor.storage_offset(),
+            tensor.shape,
+            tensor.stride(),
+            tensor.dtype,
+            None if tensor.is_inference() else tensor._version,
+        )
+        for tensor in captures
+    )
