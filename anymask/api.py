@@ -130,10 +130,16 @@ def _trace(mask: MaskFunction | Tensor | None, score_mod: ScoreFunction | None, 
 def _trace_with(
     given: BlockMap, mask: MaskFunction | Tensor | None, score_mod: ScoreFunction | None, problem: Problem
 ) -> Trace:
-    """The programs of a call whose block map is given: the mask is the map's own."""
+    """The programs of a call whose block map is given: the mask is the map's own.
+
+    Inside a compiled region, where no program is parsed and no storage looked at, only the sizes are checked.
+    """
+    is_eager = not torch.compiler.is_compiling()
     B, H, _, _ = given.kinds.shape
-    expected = ops.map_heads(text_of(given.text, SCORE_TEXT), problem.B, problem.Hq)
-    if (given.Sq, given.Skv) != (problem.Sq, problem.Skv) or expected != (B, H):
+    fits = B in (1, problem.B) and H in (1, problem.Hq)
+    if is_eager:
+        fits = ops.map_heads(text_of(given.text, SCORE_TEXT), problem.B, problem.Hq) == (B, H)
+    if (given.Sq, given.Skv) != (problem.Sq, problem.Skv) or not fits:
         raise InputError(
             f"the block map is for B={B} H={H} Sq={given.Sq} Skv={given.Skv}, but q, k, v have B={problem.B} "
             f"Hq={problem.Hq} Sq={problem.Sq} Skv={problem.Skv}: build it for these sizes"
@@ -141,7 +147,6 @@ def _trace_with(
     if given.kinds.device != problem.device:
         raise InputError(f"the block map is on {given.kinds.device} and q on {problem.device}: build it there")
     captures = given.bindings.captures
-    is_eager = not torch.compiler.is_compiling()
     if is_eager and given.built_from is not None and given.built_from != cache.identities(captures):
         raise InputError("a tensor that the block map's mask reads was changed since the map was built: build it anew")
     if mask is not None:

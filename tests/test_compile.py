@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import anymask.ops as ops
-from anymask import UnsupportedError, alibi, attention, causal, document, sliding_window, softcap
+from anymask import UnsupportedError, alibi, attention, block_map, causal, document, sliding_window, softcap
 from anymask.expr.mods import text_of
 from anymask.expr.trace import trace
 
@@ -68,6 +68,19 @@ def test_a_mask_made_outside_the_compiled_region() -> None:
         torch.testing.assert_close(got, expected)
     ids.zero_()  # in place: the compiled function must see it
     for got, expected in zip(results(compiled, *args), results(layers, *args), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_a_given_map_in_the_compiled_region() -> None:
+    ids = torch.randint(0, 3, (2, 40))
+    blocks = block_map(causal() & document(ids), 2, 2, 40, 40, device="cpu", tile=16)
+
+    def layer(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        return attention(q, k, v, block_map=blocks, score_mod=softcap(2.0), return_lse=True)
+
+    args = qkv()
+    compiled = torch.compile(layer, fullgraph=True)
+    for got, expected in zip(results(compiled, *args), results(layer, *args), strict=True):
         torch.testing.assert_close(got, expected)
 
 
