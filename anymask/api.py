@@ -75,7 +75,7 @@ def attention(
         program.bindings.ints,
         program.bindings.floats,
         text_of(program.mask, program.score),
-        block_map.tensors,
+        block_map.kinds,
         block_map.tile,
         1.0 / math.sqrt(problem.D) if scale is None else scale,
         backend,
@@ -166,14 +166,12 @@ def _find_map(
     """The map of a traced mask: a kept one if mask, sizes and captured tensors are as they were, else a new one."""
     bindings = program.mask_bindings
 
-    def build() -> tuple[Tensor, ...]:
+    def build() -> Tensor:
         text = text_of(program.mask, SCORE_TEXT)
-        return tuple(
-            ops.block_map(bindings.captures, bindings.ints, bindings.floats, text, B, H, Sq, Skv, tile, device)
-        )
+        return ops.block_map(bindings.captures, bindings.ints, bindings.floats, text, B, H, Sq, Skv, tile, device)
 
     if torch.compiler.is_compiling():  # a compiled graph must own its map: Inductor reuses buffers in place
-        return BlockMap.from_tensors(build(), Sq, Skv, tile, program.mask, bindings)
+        return BlockMap(build(), Sq, Skv, tile, program.mask, bindings)
     what = (program.mask, bindings.ints, bindings.floats, B, H, Sq, Skv, tile)
-    tensors = cache.find(what, device, bindings.captures, build)
-    return BlockMap.from_tensors(tensors, Sq, Skv, tile, program.mask, bindings, cache.identities(bindings.captures))
+    kinds = cache.find(what, device, bindings.captures, build)
+    return BlockMap(kinds, Sq, Skv, tile, program.mask, bindings, cache.identities(bindings.captures))

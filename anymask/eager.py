@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anymask.blocks.block_map import BlockMap
+from anymask.blocks.block_map import PARTIAL, BlockMap
 from anymask.expr.bindings import Bindings
 from anymask.expr.evaluate import evaluate
 from anymask.expr.grad import derivative
@@ -275,19 +275,21 @@ def _strips(blocks: BlockMap, q: Tensor, v: Tensor) -> Iterator[_Strip]:
     B, Hq, _, D = q.shape
     G, width = Hq // v.shape[1], max(D, v.shape[3])
     tile_q, tile_kv = blocks.tile
-    order, counts = blocks.kv_order.cpu(), blocks.kv_count.tolist()
-    device = blocks.kv_order.device
-    for b_map, heads in enumerate(counts):
-        batches = range(B) if len(counts) == 1 else range(b_map, b_map + 1)
-        for h_map, rows_of_head in enumerate(heads):
-            h = range(Hq) if len(heads) == 1 else range(h_map, h_map + 1)
-            G_map = G if len(heads) == 1 else 1
-            for q_block, (num_masked, num_full) in enumerate(rows_of_head):
+    device = blocks.kinds.device
+    kinds = blocks.kinds.cpu()
+    B_map, H_map, num_rows, _ = kinds.shape
+    for b_map in range(B_map):
+        batches = range(B) if B_map == 1 else range(b_map, b_map + 1)
+        for h_map in range(H_map):
+            h = range(Hq) if H_map == 1 else range(h_map, h_map + 1)
+            G_map = G if H_map == 1 else 1
+            for q_block in range(num_rows):
                 rows = range(q_block * tile_q, min((q_block + 1) * tile_q, blocks.Sq))
                 size_per_key = max(G_map * len(rows), width)
-                tiles = order[b_map, h_map, q_block, : num_masked + num_full].tolist()
+                row = kinds[b_map, h_map, q_block]
+                tiles = row.nonzero()[:, 0]
                 per_chunk = max(1, CHUNK_SIZE // (size_per_key * tile_kv))
-                tagged = sorted((tile, i < num_masked) for i, tile in enumerate(tiles))
+                tagged = list(zip(tiles.tolist(), (row[tiles] == PARTIAL).tolist(), strict=True))
                 chunks = [
                     _chunk(tagged[i : i + per_chunk], tile_kv, blocks.Skv, device)
                     for i in range(0, len(tagged), per_chunk)

@@ -1,6 +1,6 @@
 """The torch.library ops: schemas, fakes and autograd. Torch-only at import; a kernel's launch imports Triton.
 
-    anymask::block_map   the program, sizes -> the tensors of a BlockMap
+    anymask::block_map   the program, sizes -> the kinds of a BlockMap
     anymask::forward     q, k, v, the program, a map -> out, lse
     anymask::backward    -> dq, dk, dv
 
@@ -30,9 +30,9 @@ from anymask.problem import Problem, dense_like
 
 _LIBRARY = torch.library.Library("anymask", "DEF")
 _PROGRAM = "Tensor[] captures, SymInt[] ints, float[] floats, str text"
-_HOW = "Tensor[] blocks, int[] tile, float scale, str? backend, str? config, bool? deterministic"
+_HOW = "Tensor kinds, int[] tile, float scale, str? backend, str? config, bool? deterministic"
 _LIBRARY.define(
-    f"block_map({_PROGRAM}, SymInt B, SymInt H, SymInt Sq, SymInt Skv, int[] tile, Device device) -> Tensor[]"
+    f"block_map({_PROGRAM}, SymInt B, SymInt H, SymInt Sq, SymInt Skv, int[] tile, Device device) -> Tensor"
 )
 _LIBRARY.define(f"forward(Tensor q, Tensor k, Tensor v, {_PROGRAM}, {_HOW}) -> (Tensor, Tensor)")
 _LIBRARY.define(
@@ -43,9 +43,6 @@ _LIBRARY.define(
 block_map = torch.ops.anymask.block_map.default
 forward = torch.ops.anymask.forward.default
 backward = torch.ops.anymask.backward.default
-
-
-NUM_BLOCKS = 5  # tensors of a BlockMap
 
 
 def _implements(op: str) -> Callable[[Any], Any]:
@@ -68,7 +65,7 @@ def _block_map(
     Skv: int,
     tile: list[int],
     device: torch.device,
-) -> list[Tensor]:
+) -> Tensor:
     bindings = Bindings(tuple(captures), tuple(ints), tuple(floats))
     mods = Mods.of(text, bindings.ints, bindings.floats)
     check_reads(mods, bindings, {"b": B, "h": H, "q_idx": Sq, "kv_idx": Skv})
@@ -77,18 +74,15 @@ def _block_map(
         from anymask.kernels import launch
 
         exact = launch.exact
-    tensors = build(mods.mask, bindings, B, H, Sq, Skv, device, (tile[0], tile[1]), exact).tensors
-    return [tensor.expand(*map_heads(text, B, H), -1, -1).contiguous() for tensor in tensors]
+    kinds = build(mods.mask, bindings, B, H, Sq, Skv, device, (tile[0], tile[1]), exact).kinds
+    return kinds.expand(*map_heads(text, B, H), -1, -1).contiguous()
 
 
 @torch.library.register_fake("anymask::block_map")
-def _block_map_fake(*program_and_sizes: Any) -> list[Tensor]:
+def _block_map_fake(*program_and_sizes: Any) -> Tensor:
     *_, text, B, H, Sq, Skv, tile, device = program_and_sizes
-    B, H = map_heads(text, B, H)
-    nQ, nKV = (Sq + tile[0] - 1) // tile[0], (Skv + tile[1] - 1) // tile[1]
-    kinds = torch.empty(B, H, nQ, nKV, dtype=torch.int8, device=device)
-    lists = [(nQ, nKV), (nQ, 2), (nKV, nQ), (nKV, 2)]
-    return [kinds, *(torch.empty(B, H, *shape, dtype=torch.int32, device=device) for shape in lists)]
+    shape = (*map_heads(text, B, H), (Sq + tile[0] - 1) // tile[0], (Skv + tile[1] - 1) // tile[1])
+    return torch.empty(shape, dtype=torch.int8, device=device)
 
 
 def map_heads(text: str, B: int, H: int) -> tuple[int, int]:
@@ -129,7 +123,7 @@ class _Call:
         ints: list[int],
         floats: list[float],
         text: str,
-        blocks: list[Tensor],
+        kinds: Tensor,
         tile: list[int],
         scale: float,
         backend: str | None,
@@ -139,7 +133,7 @@ class _Call:
         bindings = Bindings(tuple(captures), tuple(ints), tuple(floats))
         mods = Mods.of(text, bindings.ints, bindings.floats)
         check_reads(mods, bindings, {"b": problem.B, "h": problem.Hq, "q_idx": problem.Sq, "kv_idx": problem.Skv})
-        block_map = BlockMap.from_tensors(blocks, problem.Sq, problem.Skv, (tile[0], tile[1]))
+        block_map = BlockMap(kinds, problem.Sq, problem.Skv, (tile[0], tile[1]))
         plan = choose(
             problem,
             mods,
@@ -200,31 +194,23 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, captures, ints, floats, text, blocks, *how = inputs
+    q, k, v, captures, ints, floats, text, kinds, *how = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, *output, *captures, *blocks)
+    ctx.save_for_backward(q, k, v, *output, kinds, *captures)
     ctx.num_captures, ctx.program, ctx.how = len(captures), (ints, floats, text), how
 
 
 def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v, out, lse, *rest = ctx.saved_tensors
-    captures, blocks = rest[: ctx.num_captures], rest[ctx.num_captures :]
+    q, k, v, out, lse, kinds, *captures = ctx.saved_tensors
     if dout is None:
         dout = torch.zeros_like(out)
-    return backward(dout, dlse, q, k, v, out, lse, captures, *ctx.program, blocks, *ctx.how)
+    return backward(dout, dlse, q, k, v, out, lse, captures, *ctx.program, kinds, *ctx.how)
 
 
 def _autograd(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
     ints, floats, _ = ctx.program
-    blocks = [None] * NUM_BLOCKS
-    others = (
-        [None] * ctx.num_captures,
-        _no_gradient(ints),
-        _no_gradient(floats),
-        None,
-        blocks,
-        *map(_no_gradient, ctx.how),
-    )
+    captures = [None] * ctx.num_captures
+    others = (captures, _no_gradient(ints), _no_gradient(floats), None, None, *map(_no_gradient, ctx.how))
     return (*_gradients(ctx, dout, dlse), *others)
 
 

@@ -20,7 +20,6 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from anymask.blocks.block_map import BlockMap
 from anymask.expr.mods import Mods, text_of
 from anymask.expr.trace import trace
 from anymask.kernels import launch
@@ -50,7 +50,7 @@ TARGETS = {
 }
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
-KERNELS = ("forward", "delta", "dkdv", "dq", "classify")
+KERNELS = ("forward", "delta", "dkdv", "dq", "classify", "pack", "order")
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,8 @@ def compile_job(job: Job) -> list[Row]:
     problem = Problem.of(q, k, v)
     tile = (job.tile, job.tile)
     plan = choose(problem, mods, tile, arch=job.arch, backend="triton")
-    blocks = _empty_map(-(-job.Sq // job.tile), tile)
+    num_tiles = -(-job.Sq // job.tile)
+    blocks = BlockMap(torch.zeros(2, 4, num_tiles, num_tiles, dtype=torch.int8), job.Sq, job.Sq, tile)
     with Recorder() as recorder:
         launch.forward(q, k, v, mods, bindings, blocks, plan, 0.125)
         launch.backward(dout, None, q, k, v, out, lse, mods, bindings, blocks, plan, 0.125)
@@ -205,14 +206,6 @@ def resources(compiled: Any, target: GPUTarget) -> tuple[int, int, bool]:
         int(re.search(pattern, log)[1]) for pattern in (r"Used (\d+) reg", r"(\d+) bytes spill stores")
     )
     return registers, spills, bool(re.search(r"\(C75\d\d\)", log))
-
-
-def _empty_map(num_tiles: int, tile: tuple[int, int]) -> Any:
-    order = torch.empty(2, 4, num_tiles, num_tiles, dtype=torch.int32)
-    count = torch.empty(2, 4, num_tiles, 2, dtype=torch.int32)
-    return SimpleNamespace(
-        tile=tile, kinds=order.to(torch.int8), kv_order=order, kv_count=count, q_order=order, q_count=count
-    )
 
 
 def main() -> int:

@@ -190,7 +190,7 @@ def test_map_per_head_and_batch_of_a_shared_mask() -> None:
     assert case.blocks.shape[:2] == (1, 1)
     shared = case.eager()
     kinds = case.blocks.kinds.expand(2, 4, -1, -1).contiguous()
-    case.blocks = BlockMap.from_kinds(kinds, case.blocks.Sq, case.blocks.Skv, case.blocks.tile)
+    case.blocks = BlockMap(kinds, case.blocks.Sq, case.blocks.Skv, case.blocks.tile)
     for name, result in check(case).items():
         torch.testing.assert_close(result, shared[name])
 

@@ -39,7 +39,7 @@ def build(
     depends_on = mask.indices()
     grid = Grid(B if "b" in depends_on else 1, H if "h" in depends_on else 1, Sq, Skv, tile, device)
     kinds = tile_kinds(mask, bindings, grid, exact)
-    return BlockMap.from_kinds(kinds, Sq, Skv, tile, to_text(mask), bindings)
+    return BlockMap(kinds, Sq, Skv, tile, to_text(mask), bindings)
 
 
 def tile_kinds(mask: Expr, bindings: Bindings, grid: Grid, exact: Exact | None = None) -> Tensor:

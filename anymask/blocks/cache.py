@@ -1,4 +1,4 @@
-"""Block maps that were built already: one build serves every layer that passes the same mask."""
+"""What was built already: one block map, and one walk of it, serves every layer that passes the same mask."""
 
 from __future__ import annotations
 
@@ -6,21 +6,23 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-MOST = 64  # maps that are kept; the least recently used goes first
+MOST = 256  # maps and walks that are kept; the least recently used goes first
+
+Built = TypeVar("Built")
 
 
 @dataclass(frozen=True)
 class _Entry:
-    tensors: tuple[Tensor, ...]
-    storages: tuple[
-        StorageWeakRef, ...
-    ]  # of the captured tensors; while they are held no new storage gets the same identity
+    value: Any
+    # of the captured tensors; while they are held no new storage gets the same identity
+    storages: tuple[StorageWeakRef, ...]
 
 
 _entries: OrderedDict[Hashable, _Entry] = OrderedDict()
@@ -28,16 +30,16 @@ _lock = threading.Lock()
 
 
 def find(
-    what: Hashable, device: torch.device, captures: tuple[Tensor, ...], build: Callable[[], tuple[Tensor, ...]]
-) -> tuple[Tensor, ...]:
-    """The tensors of the kept map for `what` over these captured tensors, or those that build() makes, then kept.
+    what: Hashable, device: torch.device, captures: tuple[Tensor, ...], build: Callable[[], Built], is_ours: bool = False
+) -> Built:
+    """The kept value for `what` over these captured tensors, or what build() makes, then kept.
 
     A captured tensor is told apart by storage, place in it, layout and version, so one that was changed in place
-    gives a new map. Nothing is kept where that cannot be known or would be wrong: tensors made in inference mode have
-    no version, and under a dispatch mode (fake tensors, checkpointing) or while a CUDA graph is captured results are
-    not for others.
+    gives a new value. Nothing is kept where that cannot be known or would be wrong: tensors made in inference mode have
+    no version (is_ours: they never change), and under a dispatch mode (fake tensors, checkpointing) or while a CUDA
+    graph is captured results are not for others.
     """
-    if _is_private(captures):
+    if _is_private(captures, is_ours):
         return build()
     # a map is ready for the stream that it was built on, and for no other without waiting
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
@@ -46,22 +48,24 @@ def find(
         entry = _entries.get(key)
         if entry is not None and not any(storage.expired() for storage in entry.storages):
             _entries.move_to_end(key)
-            return entry.tensors
-    tensors = build()
+            value: Built = entry.value
+            return value
+    value = build()
     storages = tuple(StorageWeakRef(tensor.untyped_storage()) for tensor in captures)
     with _lock:
         for stale in [k for k, e in _entries.items() if any(storage.expired() for storage in e.storages)]:
             del _entries[stale]
-        _entries[key] = _Entry(tensors, storages)
+        _entries[key] = _Entry(value, storages)
         while len(_entries) > MOST:
             _entries.popitem(last=False)
-    return tensors
+    return value
 
 
-def _is_private(captures: tuple[Tensor, ...]) -> bool:
+def _is_private(captures: tuple[Tensor, ...], is_ours: bool) -> bool:
     return (
         _get_current_dispatch_mode() is not None
-        or any(type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_inference() for tensor in captures)
+        or any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in captures)
+        or (not is_ours and any(tensor.is_inference() for tensor in captures))
         or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
     )
 

@@ -1,4 +1,4 @@
-"""The only file that starts kernels: forward, backward, exact. It obeys the plan and owns every buffer it writes."""
+"""The only file that starts kernels: for a map, its walks, forward, backward. It obeys the plan and owns what it writes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anymask.blocks import cache
 from anymask.blocks.block_map import BlockMap
+from anymask.blocks.walk import WORD, Walk
 from anymask.expr.bindings import Bindings
 from anymask.expr.emit import emit, emit_hide, odd
 from anymask.expr.grad import derivative
@@ -21,9 +23,14 @@ from anymask.kernels.plan import Plan, padded
 from anymask.kernels.triton_bwd import delta_kernel, dkdv_kernel, dq_kernel
 from anymask.kernels.triton_fwd import forward_kernel
 from anymask.kernels.triton_map import classify_kernel
+from anymask.kernels.triton_walk import order_kernel, pack_kernel
 from anymask.problem import dense_like
 
 DELTA_BLOCK = 32
+# Heads run together while what their programs read in common stays below this: most of an H200's L2 cache.
+SHARED_BYTES = 32 << 20
+# Rows and columns that one program packs at a time, rows that one program ranks and how many it compares at a time.
+PACK_ROWS, PACK_COLUMNS, ORDER_ROWS, ORDER_OTHERS = 8, 256, 32, 256
 
 
 def forward(
@@ -40,12 +47,13 @@ def forward(
     if out.shape.numel() == 0 or Skv == 0:
         return out.zero_(), lse.fill_(float("-inf"))
     config = _config(plan.forward)
+    walk, (tile_q, tile_kv) = _walk(blocks, config, is_kv_row=False)
     arguments = _bind(bindings)
     mask, score, _ = _functions(mods, arguments.wide, plan.is_ptx, has_gradient=False)
     if score is None and scale <= 0:  # the identity: the kernel's short cut needs scale > 0
         score = _function(mods.score, "score", arguments.wide, plan.is_ptx)
     with _device_of(q):
-        forward_kernel[(B * Hq * _ceil(Sq, config.BLOCK_Q),)](
+        forward_kernel[(B * Hq * walk.order.shape[2] * tile_q // config.BLOCK_Q,)](
             q,
             k,
             v,
@@ -55,7 +63,7 @@ def forward(
             k.stride(),
             v.stride(),
             out.stride(),
-            *_map_arguments(blocks.kv_order, blocks.kv_count),
+            *_walk_arguments(walk, B * Hq, Hq // Hkv, Skv * (D + Dv) * q.itemsize),
             Hq,
             Sq,
             Skv,
@@ -66,9 +74,9 @@ def forward(
             G=Hq // Hkv,
             BLOCK_Q=config.BLOCK_Q,
             BLOCK_KV=config.BLOCK_KV,
-            TILE_Q=blocks.tile[0],
-            TILE_KV=blocks.tile[1],
-            IS_EVEN_KV=Skv % blocks.tile[1] == 0,
+            TILE_Q=tile_q,
+            TILE_KV=tile_kv,
+            IS_EVEN_KV=Skv % tile_kv == 0,
             PRECISION=plan.precision,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
@@ -104,16 +112,18 @@ def backward(
         return dq.zero_(), dk.zero_(), dv.zero_()
     arguments = _bind(bindings)
     mask, score, score_gradient = _functions(mods, arguments.wide, plan.is_ptx, has_gradient=True)
-    tile_q, tile_kv = blocks.tile
-    padded_Sq = _ceil(Sq, tile_q) * tile_q
+    G = Hq // Hkv
+    dkdv, dq_config = _config(plan.dkdv), _config(plan.dq)
+    columns, columns_tile = _walk(blocks, dkdv, is_kv_row=True)
+    lines, lines_tile = _walk(blocks, dq_config, is_kv_row=False)
+    longest = max(columns_tile[0], lines_tile[0])
+    padded_Sq = _ceil(Sq, longest) * longest
     rows = torch.empty(B, Hq, padded_Sq, 2, dtype=torch.float32, device=q.device)
     shared = dict(
         MASK=mask,
         SCORE=score,
         SCORE_GRAD=score_gradient,
-        G=Hq // Hkv,
-        TILE_Q=tile_q,
-        TILE_KV=tile_kv,
+        G=G,
         PRECISION=plan.precision,
         **_head_dims(D, Dv),
         **_addressing(*(x.stride() for x in (q, k, v, dout, dq, dk, dv))),
@@ -136,8 +146,7 @@ def backward(
             num_warps=4,
             **_addressing(out.stride(), dout.stride()),
         )
-        config = _config(plan.dkdv)
-        dkdv_kernel[(B * Hkv * _ceil(Skv, config.BLOCK_KV),)](
+        dkdv_kernel[(B * Hkv * columns.order.shape[2] * columns_tile[1] // dkdv.BLOCK_KV,)](
             q,
             k,
             v,
@@ -151,22 +160,23 @@ def backward(
             dout.stride(),
             dk.stride(),
             dv.stride(),
-            *_map_arguments(blocks.q_order, blocks.q_count),
+            *_walk_arguments(columns, B * Hkv, 1, Sq * G * (D + Dv) * q.itemsize),
             Hkv,
             Sq,
             Skv,
             padded_Sq,
             scale,
             arguments.values,
-            BLOCK_Q=config.BLOCK_Q,
-            BLOCK_KV=config.BLOCK_KV,
-            IS_EVEN_Q=Sq % tile_q == 0,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            BLOCK_Q=dkdv.BLOCK_Q,
+            BLOCK_KV=dkdv.BLOCK_KV,
+            TILE_Q=columns_tile[0],
+            TILE_KV=columns_tile[1],
+            IS_EVEN_Q=Sq % columns_tile[0] == 0,
+            num_warps=dkdv.num_warps,
+            num_stages=dkdv.num_stages,
             **shared,
         )
-        config = _config(plan.dq)
-        dq_kernel[(B * Hq * _ceil(Sq, config.BLOCK_Q),)](
+        dq_kernel[(B * Hq * lines.order.shape[2] * lines_tile[0] // dq_config.BLOCK_Q,)](
             q,
             k,
             v,
@@ -178,21 +188,64 @@ def backward(
             v.stride(),
             dout.stride(),
             dq.stride(),
-            *_map_arguments(blocks.kv_order, blocks.kv_count),
+            *_walk_arguments(lines, B * Hq, G, Skv * (D + Dv) * q.itemsize),
             Hq,
             Sq,
             Skv,
             padded_Sq,
             scale,
             arguments.values,
-            BLOCK_Q=config.BLOCK_Q,
-            BLOCK_KV=config.BLOCK_KV,
-            IS_EVEN_KV=Skv % tile_kv == 0,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            BLOCK_Q=dq_config.BLOCK_Q,
+            BLOCK_KV=dq_config.BLOCK_KV,
+            TILE_Q=lines_tile[0],
+            TILE_KV=lines_tile[1],
+            IS_EVEN_KV=Skv % lines_tile[1] == 0,
+            num_warps=dq_config.num_warps,
+            num_stages=dq_config.num_stages,
             **shared,
         )
     return dq, dk, dv
+
+
+def walk(blocks: BlockMap, tile: tuple[int, int], is_kv_row: bool) -> Walk:
+    """The walk of a map in tiles of `tile`, multiples of the map's; is_kv_row: rows are KV tiles, as dK and dV need."""
+    kinds = blocks.kinds
+    Bm, Hm, num_q, num_kv = kinds.shape
+    factors = (tile[0] // blocks.tile[0], tile[1] // blocks.tile[1])
+    sizes, strides = (num_q, num_kv), (num_kv, 1)
+    if is_kv_row:
+        sizes, strides, factors = sizes[::-1], strides[::-1], factors[::-1]
+    num_rows, num_columns = (_ceil(size, factor) for size, factor in zip(sizes, factors, strict=True))
+    num_words = max(1, _ceil(num_columns, WORD))
+    shape = (Bm, Hm, num_rows, 2)
+    made = Walk(
+        torch.empty(*shape, num_words, dtype=torch.int64, device=kinds.device),
+        torch.empty(shape, dtype=torch.int32, device=kinds.device),
+        torch.empty(shape[:3], dtype=torch.int32, device=kinds.device),
+    )
+    if made.order.numel() == 0:
+        return made
+    with _device_of(kinds):
+        pack_kernel[(Bm * Hm * _ceil(num_rows, PACK_ROWS),)](
+            kinds,
+            made.words,
+            made.count,
+            *sizes,
+            num_q * num_kv,
+            *strides,
+            blocks.Skv // tile[1],
+            num_words,
+            ROW_FACTOR=factors[0],
+            COLUMN_FACTOR=factors[1],
+            IS_KV_ROW=is_kv_row,
+            ROWS=PACK_ROWS,
+            COLUMNS=PACK_COLUMNS,
+            num_warps=4,
+        )
+        order_kernel[(Bm * Hm * _ceil(num_rows, ORDER_ROWS),)](
+            made.count, made.order, num_rows, ROWS=ORDER_ROWS, OTHERS=ORDER_OTHERS, num_warps=4
+        )
+    return made
 
 
 def exact(kinds: Tensor, mask: Expr, bindings: Bindings, Sq: int, Skv: int, tile: tuple[int, int]) -> None:
@@ -257,11 +310,22 @@ def _functions(mods: Mods, wide: frozenset[int], is_ptx: bool, has_gradient: boo
     return mask, score, _function(derivative(mods.score), "score_gradient", wide, is_ptx)
 
 
-def _map_arguments(order: Tensor, count: Tensor) -> tuple[Tensor, Tensor, tuple[int, int], int]:
-    """order_pointer, count_pointer, map_strides, row_length of kernels/tile.py's map_row."""
-    Bm, Hm, num_rows, row_length = order.shape
-    strides = (Hm * num_rows if Bm > 1 else 0, num_rows if Hm > 1 else 0)
-    return order, count, strides, row_length
+def _walk(blocks: BlockMap, config: Config, is_kv_row: bool) -> tuple[Walk, tuple[int, int]]:
+    """The walk of a kernel with these tiles, made once for a map, and its tile: the bigger of the map's and config's."""
+    tile = (max(blocks.tile[0], config.BLOCK_Q), max(blocks.tile[1], config.BLOCK_KV))
+    what = ("walk", tile, is_kv_row, blocks.Sq, blocks.Skv, blocks.tile)
+    kinds = blocks.kinds
+    return cache.find(what, kinds.device, (kinds,), lambda: walk(blocks, tile, is_kv_row), is_ours=True), tile
+
+
+def _walk_arguments(walk: Walk, num_heads: int, G: int, head_bytes: int) -> tuple[Any, ...]:
+    """walk, num_words, map_strides, num_rows, num_heads, heads_together of kernels/tile.py.
+
+    head_bytes: what the programs of G heads read in common.
+    """
+    Bm, Hm, num_rows, _, num_words = walk.words.shape
+    strides = (Hm if Bm > 1 else 0, 1 if Hm > 1 else 0)
+    return walk, num_words, strides, num_rows, num_heads, G * max(1, SHARED_BYTES // max(head_bytes, 1))
 
 
 def _head_dims(D: int, Dv: int) -> dict[str, int]:

@@ -92,7 +92,7 @@ def choose(
         return plan
     need = Need.of(problem.D, problem.Dv, problem.dtype, mods, family_of(arch))
     wanted: dict[str, Any] = {
-        kernel: _override(kernel, getattr(plan, kernel), config[kernel], tile, need) for kernel in config
+        kernel: _override(kernel, getattr(plan, kernel), config[kernel], need) for kernel in config
     }
     plan = replace(plan, **wanted)
     return replace(plan, why=f"{plan.why}; config= sets {', '.join(f'{name} {wanted[name]}' for name in wanted)}")
@@ -113,7 +113,7 @@ def _tuned(D: int, Dv: int, dtype: torch.dtype, mods: Mods, tile: tuple[int, int
 
 
 def default_tile(device_type: str, length: int, has_mask: bool) -> tuple[int, int]:
-    """The tile of a map that nobody chose, (queries, keys), for the longer of Sq and Skv. Kernels' tiles divide it.
+    """The tile of a map that nobody chose, (queries, keys), for the longer of Sq and Skv.
 
     On a GPU 64 x 64 under a mask: of 16,384 tokens in 14 documents, causal, it visits 1.08 times the visible pairs, and
     128 x 128 1.18 times with twice the masked work. Beyond 65,536 tokens 128 x 128 keeps the map small.
@@ -203,7 +203,7 @@ def _obstacle(problem: Problem, tile: tuple[int, int], arch: str) -> str | None:
 
 
 def _override(
-    kernel: str, default: Config, wanted: Config | Mapping[str, Any], tile: tuple[int, int], need: Need
+    kernel: str, default: Config, wanted: Config | Mapping[str, Any], need: Need
 ) -> Config:
     """The user's config, checked."""
     try:
@@ -212,11 +212,9 @@ def _override(
         raise UnsupportedError(
             f"config[{kernel!r}] = {wanted} should name BLOCK_Q, BLOCK_KV, num_warps or num_stages"
         ) from None
-    for name, block, size in (("BLOCK_Q", config.BLOCK_Q, tile[0]), ("BLOCK_KV", config.BLOCK_KV, tile[1])):
-        if block < 16 or block & (block - 1) or size % block:
-            raise UnsupportedError(
-                f"config[{kernel!r}]: {name}={block} must be a power of two >= 16 that divides the map's tile, {size}"
-            )
+    for name, block in (("BLOCK_Q", config.BLOCK_Q), ("BLOCK_KV", config.BLOCK_KV)):
+        if block < 16 or block > 256 or block & (block - 1):
+            raise UnsupportedError(f"config[{kernel!r}]: {name}={block} must be a power of two from 16 to 256")
     if config.num_warps not in (1, 2, 4, 8, 16) or config.num_stages < 1:
         raise UnsupportedError(f"config[{kernel!r}]: num_warps is 1, 2, 4, 8 or 16 and num_stages 1 or more: {config}")
     limit = SHARED_LIMITS[need.family]
@@ -229,11 +227,15 @@ def _override(
 
 
 def _fit(kernel: str, config: Config, tile: tuple[int, int], need: Need) -> Config:
-    """config with tiles that divide the map's, made smaller until it fits the shared memory.
+    """config with tiles made smaller until it fits the shared memory, and as small as the map's where those are below 64.
 
     First two stages, then tiles down to 32, then one stage, then tiles down to 16.
     """
-    config = replace(config, BLOCK_Q=min(config.BLOCK_Q, tile[0]), BLOCK_KV=min(config.BLOCK_KV, tile[1]))
+    block_q, block_kv = (
+        min(block, size) if size < 64 else block
+        for block, size in zip((config.BLOCK_Q, config.BLOCK_KV), tile, strict=True)
+    )
+    config = replace(config, BLOCK_Q=block_q, BLOCK_KV=block_kv)
     for num_stages, smallest in ((2, 32), (1, 16)):
         while shared_memory(kernel, config, need) > SHARED_LIMITS[need.family]:
             if config.num_stages > num_stages:

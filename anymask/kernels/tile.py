@@ -101,30 +101,69 @@ def store_tile(
     tl.store(pointer + first + offsets, tile.to(pointer.dtype.element_ty), mask=inside)
 
 
-# --- the map: how a kernel walks a row ---
+# --- the map: what a program works on, and how it walks its row (blocks/walk.py) ---
 
 
 @triton.jit
-def map_row(order, count, map_strides, row_length, b, h, block):
-    """The list of tiles of one row of the map: pointer to their numbers, how many are masked, how many full.
-
-    order: [Bm, Hm, blocks, row_length] tile numbers, masked ones first.  count: [Bm, Hm, blocks, 2].
-    map_strides: rows from one batch and one head to the next; 0 where they share rows.
-    """
-    row = b.to(tl.int64) * map_strides[0] + h.to(tl.int64) * map_strides[1] + block
-    return order + row * row_length, tl.load(count + row * 2), tl.load(count + row * 2 + 1)
+def map_of(map_strides, b, h):
+    """Which map head h of batch b has. map_strides: maps from one batch and one head to the next, 0 if shared."""
+    return b.to(tl.int64) * map_strides[0] + h.to(tl.int64) * map_strides[1]
 
 
 @triton.jit
-def step_start(row, step, end, TILE: tl.constexpr, BLOCK: tl.constexpr):
-    """First index of what step `step` of a row visits: steps are the BLOCK-sized parts of the TILE-sized map tiles.
+def work_of(program, num_rows, num_heads, heads_together, TILE: tl.constexpr, BLOCK: tl.constexpr):
+    """Head, rank of the row and part of the row of a program: TILE // BLOCK parts.
 
-    From end on it is of no meaning, but still an index of the row. A predicate on the load instead of the clamp made
-    ptxas serialise the products of dQ where TILE = BLOCK (C7515 on sm_90, 64 x 64, D = 128).
+    Heads go in groups of heads_together, and in a group the rows that come first in the walk's order first, for all its
+    heads.
     """
-    STEPS: tl.constexpr = TILE // BLOCK
-    tile = tl.load(row + tl.maximum(tl.minimum(step, end - 1), 0) // STEPS)
-    return tile * TILE + (step % STEPS) * BLOCK
+    PARTS: tl.constexpr = TILE // BLOCK
+    group_programs = num_rows * PARTS * heads_together
+    group = program // group_programs
+    rest = program - group * group_programs
+    heads = tl.minimum(heads_together, num_heads - group * heads_together)
+    place = rest // heads
+    return group * heads_together + rest % heads, place // PARTS, place % PARTS
+
+
+@triton.jit
+def row_of(walk, num_words, row, IS_FULL: tl.constexpr):
+    """Where a row's words begin (pointer), and how many tiles they hold: its masked tiles, or its full ones."""
+    words, count, _ = walk
+    place = row * 2 + IS_FULL
+    return words + place * num_words, tl.load(count + place)
+
+
+@triton.jit
+def first_tile(words):
+    """The state of a walk at its first tile: bits of a word that are left, tile of its bit 0, place of the word."""
+    word = tl.load(words)
+    return word.to(tl.int32), (word >> 32).to(tl.int32), 0
+
+
+@triton.jit
+def next_tile(words, num_words, bits, first, place, step, STEPS: tl.constexpr):
+    """The state after step `step` of a walk, whose tiles take STEPS steps each: after the last, drop the lowest bit.
+
+    Past the row's end it is of no meaning. A load without a condition: a predicate on it made ptxas serialise the
+    products of dQ (C7515 on sm_90, 64 x 64, D = 128).
+    """
+    rest = bits & (bits - 1)
+    if STEPS > 1:
+        rest = tl.where(step % STEPS == STEPS - 1, rest, bits)
+    place = tl.minimum(place + (rest == 0).to(tl.int32), num_words - 1)
+    word = tl.load(words + place)
+    return tl.where(rest == 0, word.to(tl.int32), rest), (word >> 32).to(tl.int32), place
+
+
+@triton.jit
+def tile_at(bits, first):
+    """Number of the tile that the lowest set bit stands for; first, a multiple of 32: that of bit 0.
+
+    As a float, 2^n has the exponent field n + 127, which is n - 1 modulo 32.
+    """
+    lowest = (bits & -bits).to(tl.uint32).to(tl.float32).to(tl.int32, bitcast=True)
+    return first | (((lowest >> 23) + 1) & 31)
 
 
 # --- scores ---

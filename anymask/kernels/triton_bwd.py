@@ -10,14 +10,18 @@ import triton.language as tl
 from anymask.kernels.tile import (
     LOG2_E,
     aligned,
+    first_tile,
     head_pointer,
     hidden,
     load_tile,
     log2_probability,
-    map_row,
+    map_of,
+    next_tile,
+    row_of,
     score_gradient,
-    step_start,
     store_tile,
+    tile_at,
+    work_of,
 )
 
 
@@ -94,9 +98,9 @@ def dkdv_steps(
     rows_pointer,
     q_strides,
     dout_strides,
-    row,
-    begin,
-    end,
+    words,
+    num_words,
+    num_tiles,
     b,
     h,
     kv_idx,
@@ -118,13 +122,15 @@ def dkdv_steps(
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Steps begin .. end of a row: dk [BLOCK_KV, D_PAD] and dv [BLOCK_KV, DV_PAD] with their queries added.
+    """The masked, or the full, tiles of a row: dk [BLOCK_KV, D_PAD] and dv [BLOCK_KV, DV_PAD] with their queries added.
 
     Keys past the end need no test: each fills only its own row, which is not stored.
     """
-    q_start = step_start(row, begin, end, TILE_Q, BLOCK_Q)
-    for step in tl.range(begin, end):
-        next_start = step_start(row, step + 1, end, TILE_Q, BLOCK_Q)
+    STEPS: tl.constexpr = TILE_Q // BLOCK_Q
+    bits, first, place = first_tile(words)
+    for step in tl.range(0, num_tiles * STEPS):
+        q_start = tile_at(bits, first) * TILE_Q + step % STEPS * BLOCK_Q
+        bits, first, place = next_tile(words, num_words, bits, first, place, step, STEPS)
         q = load_tile(q_pointer, q_start, Sq, q_strides, BLOCK_Q, D, D_PAD, ALIGN, WIDE, not IS_EVEN_Q)
         # [BLOCK_Q] f32; +inf and 0 past the end of the queries. One load of pairs: in the layout of a row of S^T every
         # thread copies every fourth pair, and 16 bytes at a time need a quarter of the instructions of 4
@@ -151,11 +157,12 @@ def dkdv_steps(
             ds = hidden(ds, 0.0, q_idx, Sq, b, h, q_idx, kv_idx, bindings, SHOWS, CHECK_Q)
         # dK += dS^T Q
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-        q_start = next_start
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["row_length", "Hkv", "Sq", "Skv", "padded_Sq"])
+@triton.jit(
+    do_not_specialize=["num_words", "num_rows", "num_heads", "heads_together", "Hkv", "Sq", "Skv", "padded_Sq"]
+)
 def dkdv_kernel(
     q_pointer,  # [B, Hq, Sq, D]
     k_pointer,  # [B, Hkv, Skv, D]
@@ -170,10 +177,12 @@ def dkdv_kernel(
     dout_strides,
     dk_strides,
     dv_strides,
-    order_pointer,  # see map_row
-    count_pointer,
-    map_strides,
-    row_length,
+    walk,  # (words, count, order) of blocks/walk.py
+    num_words,
+    map_strides,  # see map_of
+    num_rows,  # see work_of
+    num_heads,
+    heads_together,
     Hkv,
     Sq,
     Skv,
@@ -197,12 +206,15 @@ def dkdv_kernel(
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dk and dv of one key tile, summed over the G query heads that read it. Grid: as the forward, first tile first."""
-    num_blocks = tl.cdiv(Skv, BLOCK_KV)
-    head = tl.program_id(0) // num_blocks
-    kv_start = tl.program_id(0) % num_blocks * BLOCK_KV
+    """dk and dv of one key tile, summed over the G query heads that read it. Grid: as the forward, over key tiles.
+
+    Where query heads have maps of their own, the first one's order holds for all that share keys.
+    """
+    head, rank, part = work_of(tl.program_id(0), num_rows, num_heads, heads_together, TILE_KV, BLOCK_KV)
     b = head // Hkv
     h_kv = head % Hkv
+    row = tl.load(walk[2] + map_of(map_strides, b, h_kv * G) * num_rows + rank)
+    kv_start = row * TILE_KV + part * BLOCK_KV
 
     # [BLOCK_KV, D_PAD] and [BLOCK_KV, DV_PAD]
     k = load_tile(
@@ -236,13 +248,10 @@ def dkdv_kernel(
     dv = tl.zeros([BLOCK_KV, DV_PAD], tl.float32)
     for g in range(G):
         h = h_kv * G + g
-        row, num_masked, num_full = map_row(
-            order_pointer, count_pointer, map_strides, row_length, b, h, kv_start // TILE_KV
-        )
-        masked_end = num_masked * (TILE_Q // BLOCK_Q)
-        full_end = masked_end + num_full * (TILE_Q // BLOCK_Q)
-        first_row = (b * (Hkv * G) + h).to(tl.int64) * aligned(padded_Sq, 16)
+        map_row = map_of(map_strides, b, h) * num_rows + row
+        first_pair = (b * (Hkv * G) + h).to(tl.int64) * aligned(padded_Sq, 16) * 2
         for IS_FULL in tl.static_range(2):
+            words, num_tiles = row_of(walk, num_words, map_row, IS_FULL)
             dk, dv = dkdv_steps(
                 dk,
                 dv,
@@ -250,12 +259,12 @@ def dkdv_kernel(
                 v,
                 head_pointer(q_pointer, q_strides, b, h, ALIGN),
                 head_pointer(dout_pointer, dout_strides, b, h, ALIGN),
-                rows_pointer + first_row * 2,
+                rows_pointer + first_pair,
                 q_strides,
                 dout_strides,
-                row,
-                masked_end if IS_FULL else 0,
-                full_end if IS_FULL else masked_end,
+                words,
+                num_words,
+                num_tiles,
                 b,
                 h,
                 kv_idx,
@@ -315,9 +324,9 @@ def dq_steps(
     v_pointer,
     k_strides,
     v_strides,
-    row,
-    begin,
-    end,
+    words,
+    num_words,
+    num_tiles,
     b,
     h,
     q_idx,
@@ -339,11 +348,13 @@ def dq_steps(
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Steps begin .. end of a row: dq [BLOCK_Q, D_PAD] with their keys added. lse_log2, delta: [BLOCK_Q, 1] f32."""
+    """The masked, or the full, tiles of a row: dq [BLOCK_Q, D_PAD] with their keys added. lse_log2, delta: [BLOCK_Q, 1] f32."""
     CHECK_KV: tl.constexpr = IS_MASKED and not IS_EVEN_KV
-    kv_start = step_start(row, begin, end, TILE_KV, BLOCK_KV)
-    for step in tl.range(begin, end):
-        next_start = step_start(row, step + 1, end, TILE_KV, BLOCK_KV)
+    STEPS: tl.constexpr = TILE_KV // BLOCK_KV
+    bits, first, place = first_tile(words)
+    for step in tl.range(0, num_tiles * STEPS):
+        kv_start = tile_at(bits, first) * TILE_KV + step % STEPS * BLOCK_KV
+        bits, first, place = next_tile(words, num_words, bits, first, place, step, STEPS)
         k = load_tile(k_pointer, kv_start, Skv, k_strides, BLOCK_KV, D, D_PAD, ALIGN, WIDE, CHECK_KV)
         v = load_tile(v_pointer, kv_start, Skv, v_strides, BLOCK_KV, DV, DV_PAD, ALIGN, WIDE, CHECK_KV)
         # S = Q K^T    [BLOCK_Q, BLOCK_KV] f32
@@ -362,11 +373,10 @@ def dq_steps(
             ds = hidden(ds, 0.0, kv_idx, Skv, b, h, q_idx, kv_idx, bindings, SHOWS, CHECK_KV)
         # dQ += dS K
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
-        kv_start = next_start
     return dq
 
 
-@triton.jit(do_not_specialize=["row_length", "Hq", "Sq", "Skv", "padded_Sq"])
+@triton.jit(do_not_specialize=["num_words", "num_rows", "num_heads", "heads_together", "Hq", "Sq", "Skv", "padded_Sq"])
 def dq_kernel(
     q_pointer,  # [B, Hq, Sq, D]
     k_pointer,  # [B, Hkv, Skv, D]
@@ -379,10 +389,12 @@ def dq_kernel(
     v_strides,
     dout_strides,
     dq_strides,
-    order_pointer,  # see map_row
-    count_pointer,
-    map_strides,
-    row_length,
+    walk,  # (words, count, order) of blocks/walk.py
+    num_words,
+    map_strides,  # see map_of
+    num_rows,  # see work_of
+    num_heads,
+    heads_together,
     Hq,
     Sq,
     Skv,
@@ -407,11 +419,12 @@ def dq_kernel(
     PRECISION: tl.constexpr,
 ):
     """dq of one query tile. Grid: as the forward."""
-    num_blocks = tl.cdiv(Sq, BLOCK_Q)
-    head = tl.program_id(0) // num_blocks
-    q_start = (num_blocks - 1 - tl.program_id(0) % num_blocks) * BLOCK_Q
+    head, rank, part = work_of(tl.program_id(0), num_rows, num_heads, heads_together, TILE_Q, BLOCK_Q)
     b = head // Hq
     h = head % Hq
+    first_row = map_of(map_strides, b, h) * num_rows
+    row = tl.load(walk[2] + first_row + rank)
+    q_start = row * TILE_Q + part * BLOCK_Q
 
     # [BLOCK_Q, D_PAD] and [BLOCK_Q, DV_PAD]
     q = load_tile(
@@ -431,16 +444,14 @@ def dq_kernel(
     )
     # [BLOCK_Q, 1]
     q_idx = q_start + tl.arange(0, BLOCK_Q)[:, None]
-    first_row = head.to(tl.int64) * aligned(padded_Sq, 16)
+    pairs = (head.to(tl.int64) * aligned(padded_Sq, 16) + q_idx) * 2
     # [BLOCK_Q, 1] f32
-    lse_log2 = tl.load(rows_pointer + (first_row + q_idx) * 2)
-    delta = tl.load(rows_pointer + (first_row + q_idx) * 2 + 1)
-    row, num_masked, num_full = map_row(order_pointer, count_pointer, map_strides, row_length, b, h, q_start // TILE_Q)
-    masked_end = num_masked * (TILE_KV // BLOCK_KV)
-    full_end = masked_end + num_full * (TILE_KV // BLOCK_KV)
+    lse_log2 = tl.load(rows_pointer + pairs)
+    delta = tl.load(rows_pointer + pairs + 1)
 
     dq = tl.zeros([BLOCK_Q, D_PAD], tl.float32)
     for IS_FULL in tl.static_range(2):
+        words, num_tiles = row_of(walk, num_words, first_row + row, IS_FULL)
         dq = dq_steps(
             dq,
             q,
@@ -451,9 +462,9 @@ def dq_kernel(
             head_pointer(v_pointer, v_strides, b, h // G, ALIGN),
             k_strides,
             v_strides,
-            row,
-            masked_end if IS_FULL else 0,
-            full_end if IS_FULL else masked_end,
+            words,
+            num_words,
+            num_tiles,
             b,
             h,
             q_idx,

@@ -1,4 +1,4 @@
-"""Forward: one program per query tile, online softmax over the key tiles that its row of the map lists."""
+"""Forward: one program per query tile, online softmax over the key tiles that its row of the map visits."""
 
 import triton
 import triton.language as tl
@@ -7,12 +7,16 @@ from anymask.kernels.tile import (
     LN_2,
     LOG2_E,
     changed_score,
+    first_tile,
     head_pointer,
     hidden,
     load_tile,
-    map_row,
-    step_start,
+    map_of,
+    next_tile,
+    row_of,
     store_tile,
+    tile_at,
+    work_of,
 )
 
 
@@ -26,9 +30,9 @@ def softmax_steps(
     v_pointer,
     k_strides,
     v_strides,
-    row,
-    begin,
-    end,
+    words,
+    num_words,
+    num_tiles,
     b,
     h,
     q_idx,
@@ -49,11 +53,13 @@ def softmax_steps(
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Steps begin .. end of a row: acc [BLOCK_Q, DV_PAD], row_max (base 2) and row_sum [BLOCK_Q] plus their keys."""
+    """The masked, or the full, tiles of a row: acc [BLOCK_Q, DV_PAD], row_max (base 2) and row_sum [BLOCK_Q] plus their keys."""
     CHECK_KV: tl.constexpr = IS_MASKED and not IS_EVEN_KV
-    kv_start = step_start(row, begin, end, TILE_KV, BLOCK_KV)
-    for step in tl.range(begin, end):
-        next_start = step_start(row, step + 1, end, TILE_KV, BLOCK_KV)
+    STEPS: tl.constexpr = TILE_KV // BLOCK_KV
+    bits, first, place = first_tile(words)
+    for step in tl.range(0, num_tiles * STEPS):
+        kv_start = tile_at(bits, first) * TILE_KV + step % STEPS * BLOCK_KV
+        bits, first, place = next_tile(words, num_words, bits, first, place, step, STEPS)
         k = load_tile(k_pointer, kv_start, Skv, k_strides, BLOCK_KV, D, D_PAD, ALIGN, WIDE, CHECK_KV)
         # S = Q K^T    [BLOCK_Q, BLOCK_KV] f32
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
@@ -79,11 +85,10 @@ def softmax_steps(
         v = load_tile(v_pointer, kv_start, Skv, v_strides, BLOCK_KV, DV, DV_PAD, ALIGN, WIDE, CHECK_KV)
         # O += P V    [BLOCK_Q, DV_PAD] f32
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
-        kv_start = next_start
     return acc, row_max, row_sum
 
 
-@triton.jit(do_not_specialize=["row_length", "Hq", "Sq", "Skv"])
+@triton.jit(do_not_specialize=["num_words", "num_rows", "num_heads", "heads_together", "Hq", "Sq", "Skv"])
 def forward_kernel(
     q_pointer,  # [B, Hq, Sq, D]
     k_pointer,  # [B, Hkv, Skv, D]
@@ -94,10 +99,12 @@ def forward_kernel(
     k_strides,
     v_strides,
     out_strides,
-    order_pointer,  # see map_row
-    count_pointer,
-    map_strides,
-    row_length,
+    walk,  # (words, count, order) of blocks/walk.py
+    num_words,
+    map_strides,  # see map_of
+    num_rows,  # see work_of
+    num_heads,
+    heads_together,
     Hq,
     Sq,
     Skv,
@@ -119,12 +126,13 @@ def forward_kernel(
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out and lse of one query tile. Grid: tiles of one head are neighbours, the last (heaviest if causal) first."""
-    num_blocks = tl.cdiv(Sq, BLOCK_Q)
-    head = tl.program_id(0) // num_blocks
-    q_start = (num_blocks - 1 - tl.program_id(0) % num_blocks) * BLOCK_Q
+    """out and lse of one query tile. Grid: a program for each tile of each head, in the order of work_of."""
+    head, rank, part = work_of(tl.program_id(0), num_rows, num_heads, heads_together, TILE_Q, BLOCK_Q)
     b = head // Hq
     h = head % Hq
+    first_row = map_of(map_strides, b, h) * num_rows
+    row = tl.load(walk[2] + first_row + rank)
+    q_start = row * TILE_Q + part * BLOCK_Q
 
     q = load_tile(
         head_pointer(q_pointer, q_strides, b, h, ALIGN), q_start, Sq, q_strides, BLOCK_Q, D, D_PAD, ALIGN, WIDE, True
@@ -133,14 +141,12 @@ def forward_kernel(
     v_pointer = head_pointer(v_pointer, v_strides, b, h // G, ALIGN)
     # [BLOCK_Q, 1]
     q_idx = q_start + tl.arange(0, BLOCK_Q)[:, None]
-    row, num_masked, num_full = map_row(order_pointer, count_pointer, map_strides, row_length, b, h, q_start // TILE_Q)
-    masked_end = num_masked * (TILE_KV // BLOCK_KV)
-    full_end = masked_end + num_full * (TILE_KV // BLOCK_KV)
 
     acc = tl.zeros([BLOCK_Q, DV_PAD], tl.float32)
     row_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_Q], tl.float32)
     for IS_FULL in tl.static_range(2):
+        words, num_tiles = row_of(walk, num_words, first_row + row, IS_FULL)
         acc, row_max, row_sum = softmax_steps(
             acc,
             row_max,
@@ -150,9 +156,9 @@ def forward_kernel(
             v_pointer,
             k_strides,
             v_strides,
-            row,
-            masked_end if IS_FULL else 0,
-            full_end if IS_FULL else masked_end,
+            words,
+            num_words,
+            num_tiles,
             b,
             h,
             q_idx,

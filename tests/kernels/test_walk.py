@@ -1,0 +1,135 @@
+"""Walks, in Triton's interpreter: every row visits exactly the tiles of the map, in any tile and direction, in order."""
+
+from __future__ import annotations
+
+import hypothesis
+import torch
+import triton
+import triton.language as tl
+from hypothesis import strategies as st
+
+from anymask.blocks.block_map import EMPTY, FULL, BlockMap
+from anymask.blocks.walk import Walk
+from anymask.kernels import launch
+from anymask.kernels.tile import first_tile, next_tile, row_of, tile_at, work_of
+
+
+def coarse(kinds: torch.Tensor, factors: tuple[int, int], num_whole: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which tiles of the map's tiles times `factors` are masked, and which are full: [B, H, nQ, nKV] bool."""
+    parts = [
+        [part for part in rows.split(factors[1], dim=3)] for rows in kinds.split(factors[0], dim=2)
+    ]
+    visited, full = (
+        torch.stack([torch.stack([reduce(part) for part in row], -1) for row in parts], -2)
+        for reduce in (lambda x: (x != EMPTY).flatten(2).any(-1), lambda x: (x == FULL).flatten(2).all(-1))
+    )
+    full[..., num_whole:] = False
+    return visited & ~full, full
+
+
+def listed(words: torch.Tensor, num_tiles: int) -> list[int]:
+    """The tiles of one row, by reading its words as blocks/walk.py describes them."""
+    tiles: list[int] = []
+    for word in words.tolist():
+        if len(tiles) >= num_tiles:
+            break
+        bits = [bit for bit in range(32) if word >> bit & 1]
+        assert bits, "a word without a tile"
+        tiles += [(word >> 32) + bit for bit in bits]
+    return tiles
+
+
+def check_walk(walk: Walk, masked: torch.Tensor, full: torch.Tensor) -> None:
+    B, H, num_rows, num_columns = masked.shape
+    assert walk.words.shape == (B, H, num_rows, 2, max(1, -(-num_columns // 32)))
+    for b in range(B):
+        for h in range(H):
+            for row in range(num_rows):
+                for i, tiles in enumerate((masked, full)):
+                    expected = tiles[b, h, row].nonzero().flatten().tolist()
+                    assert int(walk.count[b, h, row, i]) == len(expected)
+                    assert listed(walk.words[b, h, row, i], len(expected)) == expected
+            order = walk.order[b, h].tolist()
+            work = [4 * int(masked[b, h, row].sum()) + 3 * int(full[b, h, row].sum()) for row in range(num_rows)]
+            assert order == sorted(range(num_rows), key=lambda row: (-work[row], row))
+
+
+@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.given(data=st.data())
+def test_random_kinds(data: st.DataObject) -> None:
+    shape = [data.draw(st.integers(1, high)) for high in (2, 2, 40, 70)]
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    likely = torch.tensor(data.draw(st.sampled_from([(1, 1, 1), (9, 1, 1), (1, 0, 9), (50, 1, 0)]))).float()
+    kinds = torch.multinomial(likely, shape[0] * shape[1] * shape[2] * shape[3], True, generator=generator)
+    kinds = kinds.view(shape).to(torch.int8)
+    Sq, Skv = shape[2] * 16, shape[3] * 16 - data.draw(st.integers(0, 15))
+    factors = (data.draw(st.sampled_from([1, 2, 4])), data.draw(st.sampled_from([1, 2, 8])))
+    tile = (16 * factors[0], 16 * factors[1])
+    masked, full = coarse(kinds, factors, Skv // tile[1])
+    blocks = BlockMap(kinds, Sq, Skv, (16, 16))
+    check_walk(launch.walk(blocks, tile, is_kv_row=False), masked, full)
+    check_walk(launch.walk(blocks, tile, is_kv_row=True), masked.mT, full.mT)
+
+
+def test_more_columns_than_are_packed_at_a_time() -> None:
+    kinds = torch.randint(0, 3, (1, 1, 3, 700), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
+    kinds[0, 0, 1, 100:600] = EMPTY
+    walk = launch.walk(BlockMap(kinds, 48, 700 * 16, (16, 16)), (16, 16), is_kv_row=False)
+    check_walk(walk, *coarse(kinds, (1, 1), 700))
+
+
+def test_a_full_tile_over_the_end_of_the_keys_is_masked() -> None:
+    blocks = BlockMap(torch.full((1, 1, 3, 3), FULL, dtype=torch.int8), 40, 40, (16, 16))
+    assert launch.walk(blocks, (16, 16), is_kv_row=False).count[0, 0].tolist() == [[1, 2]] * 3
+    assert launch.walk(blocks, (16, 16), is_kv_row=True).count[0, 0].tolist() == [[0, 3], [0, 3], [3, 0]]
+    assert launch.walk(blocks, (16, 32), is_kv_row=False).count[0, 0].tolist() == [[1, 1]] * 3
+
+
+@triton.jit
+def record_kernel(walk, num_words, row, steps_pointer, STEPS: tl.constexpr, IS_FULL: tl.constexpr):
+    """The first index of each step of a row, in tiles of 10 * STEPS and steps of 10, as the kernels compute it."""
+    words, num_tiles = row_of(walk, num_words, row, IS_FULL)
+    bits, first, place = first_tile(words)
+    for step in range(0, num_tiles * STEPS):
+        tl.store(steps_pointer + step, tile_at(bits, first) * 10 * STEPS + step % STEPS * 10)
+        bits, first, place = next_tile(words, num_words, bits, first, place, step, STEPS)
+
+
+def test_kernels_walk_what_is_listed() -> None:
+    kinds = torch.randint(0, 3, (1, 1, 5, 200), dtype=torch.int8, generator=torch.Generator().manual_seed(1))
+    kinds[0, 0, 2, 30:130] = EMPTY
+    kinds[0, 0, 3] = FULL
+    kinds[0, 0, 4] = EMPTY
+    walk = launch.walk(BlockMap(kinds, 80, 3200, (16, 16)), (16, 16), is_kv_row=False)
+    for row in range(5):
+        for is_full in (0, 1):
+            tiles = listed(walk.words[0, 0, row, is_full], int(walk.count[0, 0, row, is_full]))
+            for num_steps in (1, 2, 4):
+                steps = torch.full((200 * num_steps,), -1, dtype=torch.int32)
+                arguments = (tuple(walk), walk.words.shape[-1], row, steps)
+                record_kernel[(1,)](*arguments, STEPS=num_steps, IS_FULL=is_full)
+                expected = [(tile * num_steps + part) * 10 for tile in tiles for part in range(num_steps)]
+                assert steps.tolist()[: len(expected) + 1] == [*expected, -1][: 200 * num_steps]
+
+
+@triton.jit
+def work_kernel(work_pointer, num_rows, num_heads, heads_together, TILE: tl.constexpr, BLOCK: tl.constexpr):
+    program = tl.program_id(0)
+    head, rank, part = work_of(program, num_rows, num_heads, heads_together, TILE, BLOCK)
+    tl.store(work_pointer + program * 3, head)
+    tl.store(work_pointer + program * 3 + 1, rank)
+    tl.store(work_pointer + program * 3 + 2, part)
+
+
+def test_programs_share_out_all_work_in_groups_of_heads() -> None:
+    for num_rows, num_heads, together, parts in ((3, 5, 2, 1), (1, 4, 4, 2), (4, 3, 8, 2), (2, 6, 3, 4)):
+        work = torch.empty(num_heads * num_rows * parts, 3, dtype=torch.int32)
+        work_kernel[(len(work),)](work, num_rows, num_heads, together, TILE=16 * parts, BLOCK=16)
+        expected = [
+            [head, rank, part]
+            for start in range(0, num_heads, together)
+            for rank in range(num_rows)
+            for part in range(parts)
+            for head in range(start, min(start + together, num_heads))
+        ]
+        assert work.tolist() == expected
