@@ -2,11 +2,15 @@
 
 from anymask.api import attention, block_map
 from anymask.blocks.block_map import BlockMap
+from anymask.blocks.cache import clear as clear_cache
+from anymask.blocks.cache import info as cache_info
 from anymask.errors import AnyMaskError, InputError, MaskError, UnsupportedError
 from anymask.masks import (
     Mask,
     causal,
+    cross_document,
     document,
+    document_ids,
     from_function,
     full,
     mask_from,
@@ -15,6 +19,27 @@ from anymask.masks import (
     sliding_window,
 )
 from anymask.scores import ScoreMod, alibi, softcap
+from anymask.zoo import (
+    bidirectional_spans,
+    bigbird,
+    block_diffusion,
+    chunked,
+    dilated_window,
+    flamingo,
+    flashmask,
+    longformer,
+    neighbourhood,
+    packed_prefix_lm,
+    packed_sink_window,
+    random_blocks,
+    shared_prefix,
+    sink_window,
+    slices,
+    sliding_tile,
+    sparse_fixed,
+    sparse_strided,
+    tree,
+)
 
 __all__ = [
     "AnyMaskError",
@@ -26,14 +51,37 @@ __all__ = [
     "UnsupportedError",
     "alibi",
     "attention",
+    "bidirectional_spans",
+    "bigbird",
+    "block_diffusion",
     "block_map",
+    "cache_info",
     "causal",
+    "chunked",
+    "clear_cache",
+    "cross_document",
+    "dilated_window",
     "document",
+    "document_ids",
+    "flamingo",
+    "flashmask",
     "from_function",
     "full",
+    "longformer",
     "mask_from",
+    "neighbourhood",
+    "packed_prefix_lm",
+    "packed_sink_window",
     "padding",
     "prefix_lm",
+    "random_blocks",
+    "shared_prefix",
+    "sink_window",
+    "slices",
+    "sliding_tile",
     "sliding_window",
     "softcap",
+    "sparse_fixed",
+    "sparse_strided",
+    "tree",
 ]

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from anymask import ops
 from anymask.blocks import cache
-from anymask.blocks.block_map import BlockMap
+from anymask.blocks.block_map import EMPTY, BlockMap
 from anymask.errors import InputError
 from anymask.expr.mods import text_of
 from anymask.expr.trace import SCORE_TEXT, Trace, trace, trace_score
@@ -107,6 +108,32 @@ def block_map(
     return _find_map(_trace(mask, None, device), B, H, Sq, Skv, tile, device)
 
 
+def select(blocks: BlockMap, mask: MaskFunction | Tensor) -> BlockMap:
+    """The map of `blocks & mask`: of the tiles that blocks chooses, what the mask leaves of them."""
+    if not blocks.is_selection:
+        raise InputError(
+            "only a map made by BlockMap.from_dense or from_indices is joined with a mask by &; two masks are joined "
+            "before the map is built: block_map(a & b, ...)"
+        )
+    chosen = blocks.bindings.captures[0]
+    (tile_q, tile_kv), (B, H, _, _) = blocks.tile, blocks.shape
+    function = mask_from(mask).function if isinstance(mask, Tensor) else from_function(mask).function
+
+    def both(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        is_chosen = chosen[b if B > 1 else 0, h if H > 1 else 0, q_idx // tile_q, kv_idx // tile_kv]
+        return function(b, h, q_idx, kv_idx) & is_chosen
+
+    alone, joined = trace(function, None, blocks.device), trace(both, None, blocks.device)
+    needs = ops.map_heads(text_of(alone.mask, SCORE_TEXT), 2, 2)
+    if needs[0] > B or needs[1] > H:
+        raise InputError(
+            f"the mask differs by batch or head, and the map has B={B} H={H}: expand the tiles that it chooses"
+        )
+    kinds = _find_map(alone, B, H, blocks.Sq, blocks.Skv, blocks.tile, blocks.device).kinds
+    kinds = torch.where(blocks.kinds == EMPTY, blocks.kinds, kinds)
+    return replace(blocks, kinds=kinds, text=joined.mask, bindings=joined.mask_bindings, is_selection=False)
+
+
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """As autocast does for matmul: float tensors in its dtype, where it is on."""
     device_type = getattr(getattr(tensors[0], "device", None), "type", "cpu")
@@ -138,7 +165,8 @@ def _trace_with(
     B, H, _, _ = given.kinds.shape
     fits = B in (1, problem.B) and H in (1, problem.Hq)
     if is_eager:
-        fits = ops.map_heads(text_of(given.text, SCORE_TEXT), problem.B, problem.Hq) == (B, H)
+        needs = ops.map_heads(text_of(given.text, SCORE_TEXT), problem.B, problem.Hq)
+        fits = fits and needs[0] <= B and needs[1] <= H
     if (given.Sq, given.Skv) != (problem.Sq, problem.Skv) or not fits:
         raise InputError(
             f"the block map is for B={B} H={H} Sq={given.Sq} Skv={given.Skv}, but q, k, v have B={problem.B} "
@@ -156,8 +184,17 @@ def _trace_with(
         if is_same and is_eager:
             is_same = cache.identities(other.mask_bindings.captures) == cache.identities(captures)
         if not is_same:
-            raise InputError("the block map was built for another mask: pass it alone, it carries its mask")
-    return trace_score(given.text, given.bindings, score_mod, problem.device)
+            raise InputError(
+                "the block map was built for another mask than the one given: pass the map alone, it carries its mask"
+            )
+    return trace_score(given.text, given.bindings, _shifted(score_mod, given.q_start), problem.device)
+
+
+def _shifted(score_mod: ScoreFunction | None, q_start: int) -> ScoreFunction | None:
+    """score_mod with q_idx counted from query q_start on."""
+    if score_mod is None or q_start == 0:
+        return score_mod
+    return lambda score, b, h, q_idx, kv_idx: score_mod(score, b, h, q_idx + q_start, kv_idx)
 
 
 def _find_map(

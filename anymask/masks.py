@@ -7,7 +7,7 @@ used inside a mask function of your own, and wherever a FlexAttention mask_mod i
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,8 +18,12 @@ from anymask.expr.mods import Mods, text_of
 from anymask.expr.tape import check_captures
 from anymask.expr.trace import Trace, trace, with_min_max
 
+if TYPE_CHECKING:
+    from os import PathLike
+
 MaskFunction = Callable[[Any, Any, Any, Any], Any]
 PerBatch = int | Tensor  # one number for all sequences, or a tensor [B] with one each
+NOBODY = torch.iinfo(torch.int32).min  # an id that no token has
 
 
 class Mask:
@@ -79,7 +83,7 @@ class Mask:
         function = self.function
 
         def shifted(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
-            return function(b, h, q_idx + _of(q, b), kv_idx + _of(kv, b))
+            return function(b, h, q_idx + of_batch(q, b), kv_idx + of_batch(kv, b))
 
         return Mask(shifted, "shift", self, q, kv)
 
@@ -108,6 +112,27 @@ class Mask:
         )
         dense = evaluate(mods.mask, program.bindings, b=b, h=h, q_idx=q_idx, kv_idx=kv_idx)
         return dense.expand(B, H, Sq, Skv).contiguous()
+
+    def draw(
+        self,
+        path_or_ax: str | PathLike[str] | Any,
+        Sq: int,
+        Skv: int,
+        *,
+        B: int = 1,
+        H: int = 1,
+        b: int = 0,
+        h: int = 0,
+        tile: int | tuple[int, int] | None = None,
+    ) -> None:
+        """A picture of what batch b of B, head h of H shows to Sq queries of Skv keys, tile by tile; needs matplotlib.
+
+        path_or_ax: a .png or .svg file to write, or the matplotlib Axes to draw into.  tile: positions per tile, one
+        number or (q, kv); None goes by the lengths. See anymask.draw.
+        """
+        from anymask.draw import draw_mask
+
+        draw_mask(path_or_ax, self, Sq, Skv, B=B, H=H, b=b, h=h, tile=tile)
 
 
 def from_function(function: MaskFunction) -> Mask:
@@ -148,7 +173,7 @@ def causal(offset: PerBatch = 0) -> Mask:
     0 aligns the first query with the first key (top-left). Where the queries are the last Sq of Skv tokens, as in
     decoding with a cache, causal(offset=Skv - Sq) aligns the last ones (bottom-right), as FlashAttention's causal=True.
     """
-    return Mask(lambda b, h, q_idx, kv_idx: kv_idx <= q_idx + _of(offset, b), "causal", offset)
+    return Mask(lambda b, h, q_idx, kv_idx: kv_idx <= q_idx + of_batch(offset, b), "causal", offset)
 
 
 def sliding_window(left: int | None, right: int | None) -> Mask:
@@ -173,33 +198,62 @@ def document(ids: Tensor | None = None, *, cu_seqlens: Tensor | None = None, tot
 
     ids: integers [S] or [B, S], in any order, compared as int32; a negative id, down to -2^31 + 1, is padding: it sees
     nothing and nobody sees it.
-    cu_seqlens: instead of ids, the documents' bounds [n + 1], as FlashAttention's varlen functions take them; they
-    become ids here, once.  total: the sequence length that goes with it, tokens from cu_seqlens[-1] on being padding;
-    without it the length is read from cu_seqlens[-1], which on a GPU waits for the device.
+    cu_seqlens, total: instead of ids, the documents' bounds and the sequence length, as document_ids() takes them; they
+    become ids here, once.
     """
     if (ids is None) == (cu_seqlens is None):
         raise InputError("document() takes either ids or cu_seqlens=")
     if ids is None:
         assert cu_seqlens is not None
-        length = int(cu_seqlens[-1]) if total is None else total
-        token = torch.arange(length, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-        ids = torch.searchsorted(cu_seqlens, token, right=True) - 1
-        ids = torch.where(token < cu_seqlens[-1], ids, -1).to(torch.int32)
-    elif ids.dim() not in (1, 2) or ids.is_floating_point():
-        raise InputError(f"document ids are integers [S] or [B, S], got {ids.dtype} {tuple(ids.shape)}")
-    of_token = ids
+        ids = document_ids(cu_seqlens, total)
+    check_tensor("document ids", ids, "integer", "[S]", "[B, S]")
+    return Mask(same_document(ids, ids), "document", ids)
 
-    def same(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
-        q_id, kv_id = ((of_token[b, i] if of_token.dim() == 2 else of_token[i]).int() for i in (q_idx, kv_idx))
-        # padding queries take an id that no key has: work for each query, not for each pair
-        return torch.where(q_id < 0, torch.iinfo(torch.int32).min, q_id) == kv_id
 
-    return Mask(same, "document", ids)
+def document_ids(cu_seqlens: Tensor, total: int | None = None) -> Tensor:
+    """The document of each token, int32 [total], from the documents' bounds: 0, 1, 2 ... in order, and -1 for padding.
+
+    cu_seqlens: integers [n + 1], ascending, as FlashAttention's varlen functions take them; equal neighbours make an
+    empty document.  total: the sequence length, tokens from cu_seqlens[-1] on being padding; without it the length is
+    read from cu_seqlens[-1], which on a GPU waits for the device.
+    """
+    check_tensor("cu_seqlens", cu_seqlens, "integer", "[n + 1]")
+    length = int(cu_seqlens[-1]) if total is None else total
+    token = torch.arange(length, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    ids = torch.searchsorted(cu_seqlens, token, right=True) - 1
+    return torch.where(token < cu_seqlens[-1], ids, -1).to(torch.int32)
+
+
+def cross_document(q_ids: Tensor, kv_ids: Tensor, causal: bool = False) -> Mask:
+    """Packed documents whose queries and keys differ in length: a query sees the keys of its own document.
+
+    For cross-attention, and for the last tokens of documents that have earlier keys in a cache. In terms of
+    FlashAttention's varlen functions: cross_document(document_ids(cu_seqlens_q), document_ids(cu_seqlens_k)).
+
+    q_ids, kv_ids: integers [Sq] or [B, Sq] and [Skv] or [B, Skv], as document() takes them, negative ids being padding.
+    causal: within each document, aligned at its end (bottom-right) as FlashAttention's causal=True: the last query sees
+    all keys, the one before it all but the last. Which tokens come last in a document is computed once, here.
+    """
+    check_tensor("q_ids", q_ids, "integer", "[Sq]", "[B, Sq]")
+    check_tensor("kv_ids", kv_ids, "integer", "[Skv]", "[B, Skv]")
+    same = same_document(q_ids, kv_ids)
+    if not causal:
+        return Mask(same, "cross_document", q_ids, kv_ids, causal)
+    q_after, kv_after = (place_in_document(ids.flip(-1)).flip(-1) for ids in (q_ids, kv_ids))
+
+    def sees(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return same(b, h, q_idx, kv_idx) & (of_token(q_after, b, q_idx) <= of_token(kv_after, b, kv_idx))
+
+    return Mask(sees, "cross_document", q_ids, kv_ids, causal)
 
 
 def prefix_lm(prefix_len: PerBatch) -> Mask:
     """All see the first prefix_len keys, else causal (Raffel et al. 2020). prefix_len: a number, or a tensor [B]."""
-    return Mask(lambda b, h, q_idx, kv_idx: (kv_idx < _of(prefix_len, b)) | (kv_idx <= q_idx), "prefix_lm", prefix_len)
+
+    def sees(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return (kv_idx < of_batch(prefix_len, b)) | (kv_idx <= q_idx)
+
+    return Mask(sees, "prefix_lm", prefix_len)
 
 
 def padding(lengths: Tensor) -> Mask:
@@ -210,8 +264,47 @@ def padding(lengths: Tensor) -> Mask:
     return Mask(lambda b, h, q_idx, kv_idx: kv_idx < lengths[b], "padding", lengths)
 
 
-def _of(value: PerBatch, b: Any) -> Any:
+# what masks here and in zoo.py are made of
+
+
+def of_batch(value: PerBatch, b: Any) -> Any:
     return value[b] if isinstance(value, Tensor) and value.dim() == 1 else value
+
+
+def of_token(table: Tensor, b: Any, index: Any) -> Any:
+    """What a table [S] or [B, S] says of a token."""
+    return table[b, index] if table.dim() == 2 else table[index]
+
+
+def same_document(q_ids: Tensor, kv_ids: Tensor) -> MaskFunction:
+    """Query and key have the same id, and not a negative one."""
+
+    def same(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        q_id, kv_id = of_token(q_ids, b, q_idx).int(), of_token(kv_ids, b, kv_idx).int()
+        # padding queries take an id that no key has: work for each query, not for each pair
+        return torch.where(q_id < 0, NOBODY, q_id) == kv_id
+
+    return same
+
+
+def place_in_document(ids: Tensor) -> Tensor:
+    """How many earlier tokens have the same id: int32, [S] or [B, S] like ids. Never waits for the device."""
+    ordered, order = ids.to(torch.int32).sort(dim=-1, stable=True)
+    place = torch.arange(ids.shape[-1], device=ids.device) - torch.searchsorted(ordered, ordered)
+    return torch.empty_like(place).scatter_(-1, order, place).to(torch.int32)
+
+
+def check_tensor(name: str, tensor: Any, kind: str, *shapes: str) -> None:
+    """Raise InputError unless tensor is of a kind, "integer" or "bool", with the dimensions of one of the shapes."""
+    if not isinstance(tensor, Tensor):
+        got = type(tensor).__name__
+    elif tensor.is_floating_point() if kind == "integer" else tensor.dtype != torch.bool:
+        got = str(tensor.dtype)
+    elif tensor.dim() not in [shape.count(",") + 1 for shape in shapes]:
+        got = f"shape {tuple(tensor.shape)}"
+    else:
+        return
+    raise InputError(f"{name}: expected a tensor {' or '.join(shapes)} of {kind}s, got {got}")
 
 
 def _show(value: Any) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from anymask import eager, reference
 from anymask.blocks.block_map import BlockMap
-from anymask.blocks.build import Exact, build
+from anymask.blocks.build import Classify, build
 from anymask.errors import InputError, UnsupportedError
 from anymask.expr.bindings import Bindings
 from anymask.expr.mods import Mods
@@ -69,12 +69,12 @@ def _block_map(
     bindings = Bindings(tuple(captures), tuple(ints), tuple(floats))
     mods = Mods.of(text, bindings.ints, bindings.floats)
     check_reads(mods, bindings, {"b": B, "h": H, "q_idx": Sq, "kv_idx": Skv})
-    exact: Exact | None = None
+    classify: Classify | None = None
     if device.type == "cuda":
         from anymask.kernels import launch
 
-        exact = launch.exact
-    kinds = build(mods.mask, bindings, B, H, Sq, Skv, device, (tile[0], tile[1]), exact).kinds
+        classify = launch.classify
+    kinds = build(mods.mask, bindings, B, H, Sq, Skv, device, (tile[0], tile[1]), classify).kinds
     return kinds.expand(*map_heads(text, B, H), -1, -1).contiguous()
 
 

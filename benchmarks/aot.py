@@ -2,6 +2,7 @@
 
     python benchmarks/aot.py            every mask and score function of the zoo, dtypes, head dims and architectures
     python benchmarks/aot.py --sample   a covering sample, about half a minute
+    python benchmarks/aot.py --lengths 200   how often each kernel would compile for 200 random lengths of one mask
 
 Exits with 1 where a kernel does not compile, needs more shared memory than the device has or than plan.py estimates, or
 where ptxas serialises the products of a case whose speed is measured.
@@ -11,7 +12,9 @@ The arguments are those that launch.py passes: its launches are recorded instead
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -27,9 +30,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource, make_backend
-from triton.runtime.jit import create_function_from_signature
+from triton.runtime.jit import compute_cache_key, create_function_from_signature
 
+from anymask import causal, document
 from anymask.blocks.block_map import BlockMap
+from anymask.expr.interval import Grid
 from anymask.expr.mods import Mods, text_of
 from anymask.expr.trace import trace
 from anymask.kernels import launch
@@ -139,7 +144,7 @@ def compile_job(job: Job) -> list[Row]:
     with Recorder() as recorder:
         launch.forward(q, k, v, mods, bindings, blocks, plan, 0.125)
         launch.backward(dout, None, q, k, v, out, lse, mods, bindings, blocks, plan, 0.125)
-        launch.exact(blocks.kinds, mods.mask, bindings, job.Sq, job.Sq, tile)
+        launch.classify(mods.mask, bindings, Grid(2, 4, job.Sq, job.Sq, tile, torch.device("cpu")))
     need = Need.of(job.D, job.Dv, dtype, mods, family_of(job.arch))
     return [_compile(job, plan, need, name, *recorder.calls[name]) for name in job.kernels]
 
@@ -208,12 +213,44 @@ def resources(compiled: Any, target: GPUTarget) -> tuple[int, int, bool]:
     return registers, spills, bool(re.search(r"\(C75\d\d\)", log))
 
 
+def compilations(num_lengths: int) -> dict[str, int]:
+    """How many variants of each kernel Triton would compile for documents + causal of so many random lengths."""
+    lengths = random.Random(0)
+    binders: dict[str, Any] = {}
+    variants: dict[str, set[str]] = {}
+    backend = make_backend(TARGETS["sm_90"])
+    for _ in range(num_lengths):
+        S, num_documents = lengths.randint(1, 4000), lengths.randint(1, 9)
+        ids = torch.arange(S) * num_documents // S
+        program = trace((causal() & document(ids)).function, None, torch.device("cpu"))
+        mods = Mods.of(text_of(program.mask, program.score), program.bindings.ints, program.bindings.floats)
+        q, lse, num_tiles = torch.empty(1, 2, S, 64, dtype=torch.bfloat16), torch.empty(1, 2, S), -(-S // 64)
+        plan = choose(Problem.of(q, q, q), mods, (64, 64), arch="sm_90", backend="triton")
+        blocks = BlockMap(torch.zeros(1, 1, num_tiles, num_tiles, dtype=torch.int8), S, S, (64, 64))
+        with Recorder() as recorder:
+            launch.forward(q, q, q, mods, program.bindings, blocks, plan, 0.125)
+            launch.backward(q, None, q, q, q, q, lse, mods, program.bindings, blocks, plan, 0.125)
+            launch.classify(mods.mask, program.bindings, Grid(1, 1, S, S, (64, 64), torch.device("cpu")))
+        for name, (kernel, args, kwargs) in recorder.calls.items():
+            if name not in binders:
+                binders[name] = create_function_from_signature(kernel.signature, kernel.params, backend)
+            _, specialization, options = binders[name](*args, **kwargs)
+            variants.setdefault(name, set()).add(compute_cache_key({}, specialization, options))
+    return {name: len(found) for name, found in variants.items()}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sample", action="store_true", help="a covering sample")
     parser.add_argument("--only", default="", help="jobs whose printed line matches this regular expression")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument(
+        "--lengths", type=int, help="count compilations for so many random lengths, and do nothing else"
+    )
     options = parser.parse_args()
+    if options.lengths is not None:
+        print(json.dumps(compilations(options.lengths)))
+        return 0
     jobs = [job for job in (sample_jobs if options.sample else full_jobs)() if re.search(options.only, repr(job))]
     head = f"{'arch':7} {'dtype':5} {'D':>3} {'Dv':>3} {'mask':26} {'score':18} {'kernel':8} {'tiles':30}"
     print(f"{head} {'regs':>4} {'spills':>6} {'shared':>7} {'estimate':>8}")

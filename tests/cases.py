@@ -13,17 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anymask import (
-    alibi,
-    causal,
-    document,
-    full,
-    mask_from,
-    padding,
-    prefix_lm,
-    sliding_window,
-    softcap,
-)
+import anymask
+from anymask import alibi, causal, document, full, mask_from, padding, prefix_lm, sliding_window, softcap
 
 
 @dataclass(frozen=True)
@@ -111,12 +102,22 @@ def causal_window(z: Sizes) -> Any:
 
 @mask
 def dilated_window(z: Sizes) -> Any:
-    return lambda b, h, q, k: ((q - k) % 3 == 0) & (abs(q - k) <= 30)
+    return anymask.dilated_window(10, 7, 3)
 
 
 @mask
 def strided(z: Sizes) -> Any:
-    return lambda b, h, q, k: (k <= q) & (((q - k) % 16 == 0) | (q - k < 16))
+    return anymask.sparse_strided(16)
+
+
+@mask
+def strided_by_distance(z: Sizes) -> Any:
+    return lambda b, h, q, k: ((q - k) % 16 == 0) | (abs(q - k) < 10)
+
+
+@mask
+def fixed(z: Sizes) -> Any:
+    return anymask.sparse_fixed(16, 3)
 
 
 @mask
@@ -143,6 +144,34 @@ def documents_cu_seqlens(z: Sizes) -> Any:
 @mask
 def documents_window(z: Sizes) -> Any:
     return document(packed_ids(z)) & sliding_window(24, 0)
+
+
+@mask
+def documents_sinks(z: Sizes) -> Any:
+    return anymask.packed_sink_window(packed_ids(z), 12, 3)
+
+
+@mask
+def documents_prefix(z: Sizes) -> Any:
+    return anymask.packed_prefix_lm(packed_ids(z, dtype=torch.int64), z.randint(0, 20, z.B, 4))
+
+
+@mask
+def documents_shared_prefix(z: Sizes) -> Any:
+    return anymask.shared_prefix(packed_ids(z, 6) - 1, torch.tensor([0, 0, 0, 3, 3], device=z.device))
+
+
+@mask
+def documents_cross(z: Sizes) -> Any:
+    q_ids, kv_ids = (z.randint(-1, 4, z.B, length).sort(dim=-1).values for length in (z.Sq, z.Skv))
+    return anymask.cross_document(q_ids, kv_ids)
+
+
+@mask
+def documents_cross_causal(z: Sizes) -> Any:
+    bounds = torch.tensor([0, 1, 1, 3, 4], device=z.device)
+    q_ids, kv_ids = (anymask.document_ids(bounds * length // 4, length) for length in (z.Sq, z.Skv))
+    return anymask.cross_document(q_ids, kv_ids, causal=True)
 
 
 @mask
@@ -189,36 +218,86 @@ def key_padding_tensor(z: Sizes) -> Any:
 
 @mask
 def chunked(z: Sizes) -> Any:
-    return lambda b, h, q, k: (q // 24 == k // 24) & (q >= k)
+    return causal() & anymask.chunked(24)
 
 
 @mask
 def block_diffusion(z: Sizes) -> Any:
-    half, block = max(z.S // 2, 1), 8
+    return anymask.block_diffusion(max(z.S // 2, 1), 8)
 
-    def sees(b: Any, h: Any, q: Any, k: Any) -> Any:
-        q_clean, k_clean = q >= half, k >= half
-        q_block = torch.where(q_clean, q - half, q) // block
-        k_block = torch.where(k_clean, k - half, k) // block
-        own = (q_block == k_block) & (q_clean == k_clean)
-        return own | (k_clean & ~q_clean & (k_block < q_block)) | (k_clean & q_clean & (k_block <= q_block))
 
-    return sees
+@mask
+def neighbourhood_1d(z: Sizes) -> Any:
+    return anymask.neighbourhood(z.S, 9, dilation=3)
 
 
 @mask
 def neighbourhood_2d(z: Sizes) -> Any:
+    return anymask.neighbourhood((z.S // 11, 11), (3, 5))
+
+
+@mask
+def neighbourhood_2d_dilated_causal(z: Sizes) -> Any:
+    return anymask.neighbourhood((z.S // 9, 9), (2, 3), dilation=(2, 3), causal=(True, False))
+
+
+@mask
+def neighbourhood_3d(z: Sizes) -> Any:
+    return anymask.neighbourhood((z.S // 20 + 1, 4, 5), (3, 2, 3), causal=(True, False, False))
+
+
+@mask
+def box_2d(z: Sizes) -> Any:
     width = 12
     return lambda b, h, q, k: (abs(q // width - k // width) <= 2) & (abs(q % width - k % width) <= 2)
 
 
 @mask
+def sliding_tile(z: Sizes) -> Any:
+    return anymask.sliding_tile((z.S // 24 + 1, 4, 6), (1, 2, 2), (2, 1, 2))
+
+
+@mask
 def tree(z: Sizes) -> Any:
-    is_ancestor = torch.eye(z.S, dtype=torch.bool)
-    for node in range(1, z.S):
-        is_ancestor[node] |= is_ancestor[(node - 1) // 3]
-    is_ancestor = is_ancestor.to(z.device)
-    return lambda b, h, q, k: is_ancestor[q, k]
+    return anymask.tree((torch.arange(z.S, device=z.device) - 1) // 3, prefix_len=5)
+
+
+@mask
+def images_in_text(z: Sizes) -> Any:
+    ids = packed_ids(z, 9)
+    return anymask.bidirectional_spans(torch.where(ids % 2 == 0, -1, ids))
+
+
+@mask
+def flamingo(z: Sizes) -> Any:
+    return anymask.flamingo(z.rand(z.B, z.Sq) < 0.1, 7)
+
+
+@mask
+def flashmask_causal(z: Sizes) -> Any:
+    bounds = z.randint(0, z.Sq + 1, z.B, 1, z.Skv, 2).sort(dim=-1).values
+    return anymask.flashmask(bounds, causal=True, offset=z.Skv - z.Sq)
+
+
+@mask
+def flashmask(z: Sizes) -> Any:
+    ids = packed_ids(z)[0, : z.Skv].contiguous()
+    start, end = (torch.searchsorted(ids, ids, right=right) for right in (False, True))
+    return anymask.flashmask(torch.stack([end, end + 20, 0 * start, start], dim=-1)[None, None])
+
+
+@mask
+def slices(z: Sizes) -> Any:
+    q, kv = z.Sq // 8, z.Skv // 8
+    q_ranges = torch.tensor([[0, 3 * q], [2 * q, 6 * q], [5 * q, 8 * q], [7 * q, z.Sq]], device=z.device)
+    k_ranges = torch.tensor([[0, 3 * kv], [0, 5 * kv], [4 * kv, 8 * kv], [2 * kv, z.Skv]], device=z.device)
+    return anymask.slices(q_ranges, k_ranges, torch.tensor([1, 3, 2, 0], device=z.device))
+
+
+@mask
+def bigbird(z: Sizes) -> Any:
+    side = z.S // 8 + 1
+    return anymask.bigbird(anymask.random_blocks(side, side, 1, heads=z.H, device=z.device), 8)
 
 
 @mask
@@ -236,13 +315,12 @@ def bit_table(z: Sizes) -> Any:
 
 @mask
 def global_tokens(z: Sizes) -> Any:
-    is_global = z.rand(z.S) < 0.05
-    return lambda b, h, q, k: (abs(q - k) <= 10) | is_global[q] | is_global[k]
+    return anymask.longformer(20, z.rand(z.S) < 0.05)
 
 
 @mask
 def sinks(z: Sizes) -> Any:
-    return causal() & (sliding_window(16, 0) | (lambda b, h, q, k: k < 4))
+    return anymask.sink_window(17)
 
 
 @mask

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -18,7 +19,9 @@ from anymask import (
     alibi,
     attention,
     block_map,
+    cache_info,
     causal,
+    clear_cache,
     document,
     padding,
     sliding_window,
@@ -217,6 +220,32 @@ def test_kept_maps_are_bounded_and_hold_no_captured_tensor() -> None:
     for n in range(cache.MOST + 9):
         attention(q, q, q, mask=sliding_window(n + 2, 0))
     assert len(cache._entries) == cache.MOST
+
+
+def test_cache_info_tells_what_is_kept() -> None:
+    clear_cache()
+    assert cache_info() == (0, 0, 0, cache.MOST, 0)
+    q, ids = torch.randn(1, 1, 256, 16), torch.zeros(256, dtype=torch.int32)
+    mask = document(ids)
+    for _ in range(3):
+        attention(q, q, q, mask=mask)
+    assert cache_info() == (2, 1, 1, cache.MOST, 2 * 4)  # tiles of 128 x 64, a byte each
+    ids[100:] = 1
+    attention(q, q, q, mask=mask)
+    attention(q, q, q, mask=causal())
+    assert cache_info()[:3] == (2, 3, 3)
+
+
+def test_threads_share_maps() -> None:
+    clear_cache()
+    q = torch.randn(1, 1, 64, 16)
+    masks = [sliding_window(n + 1, 0) for n in range(5)]
+    expected = [attention(q, q, q, mask=mask, backend="reference") for mask in masks]
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda i: attention(q, q, q, mask=masks[i % 5]), range(200)))
+    for i, out in enumerate(results):
+        torch.testing.assert_close(out, expected[i % 5])
+    assert cache_info().kept == 5
 
 
 def test_a_given_map_carries_its_mask() -> None:

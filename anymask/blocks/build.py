@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -14,9 +14,10 @@ from anymask.expr.interval import Grid, Tiles, tile_bounds
 from anymask.expr.ir import Expr, to_text
 
 UNDECIDED = 3
+STAGES = ("intervals", "2 x 2 points", "8 x 8 points", "all points")
 
-# exact(kinds, mask, bindings, Sq, Skv, tile): overwrite each UNDECIDED entry of kinds by EMPTY, PARTIAL or FULL.
-Exact = Callable[[Tensor, Expr, Bindings, int, int, tuple[int, int]], None]
+# The kinds of a grid's tiles: EMPTY, PARTIAL or FULL, int8 [B, H, nQ, nKV], contiguous.
+Classify = Callable[[Expr, Bindings, Grid], Tensor]
 
 
 def build(
@@ -28,30 +29,36 @@ def build(
     Skv: int,
     device: torch.device,
     tile: tuple[int, int] = (128, 128),
-    exact: Exact | None = None,
+    classify: Classify | None = None,
 ) -> BlockMap:
     """The block map of a mask, equal to brute force over all pairs.
 
     mask: BOOL.  The map has a batch (head) dimension of 1 if the mask does not depend on b (h). Any size may be 0.
-    exact: decides what intervals and corners leave open, without host synchronisation; without it torch does so, and
-    only those tiles are evaluated element by element. No memory of Sq x Skv is used in either case.
+    classify: makes the kinds; tile_kinds, in torch, if None. No memory of Sq x Skv is used in either case.
     """
     depends_on = mask.indices()
     grid = Grid(B if "b" in depends_on else 1, H if "h" in depends_on else 1, Sq, Skv, tile, device)
-    kinds = tile_kinds(mask, bindings, grid, exact)
+    kinds = (classify or tile_kinds)(mask, bindings, grid)
     return BlockMap(kinds, Sq, Skv, tile, to_text(mask), bindings)
 
 
-def tile_kinds(mask: Expr, bindings: Bindings, grid: Grid, exact: Exact | None = None) -> Tensor:
+def tile_kinds(mask: Expr, bindings: Bindings, grid: Grid) -> Tensor:
     """EMPTY, PARTIAL or FULL for each tile of the grid: int8 [B, H, nQ, nKV]."""
-    kinds = interval_kinds(mask, bindings, grid)
-    if exact is None:
-        _decide(kinds, mask, bindings, grid)
-        return kinds
-    corners = _seen_kinds(mask, bindings, grid, grid.tiles(), 2)
-    kinds = torch.where(kinds == UNDECIDED, corners, kinds)
-    exact(kinds, mask, bindings, grid.Sq, grid.Skv, grid.tile)
+    *_, (_, kinds) = _stages(mask, bindings, grid)
     return kinds
+
+
+def stages(mask: Expr, bindings: Bindings, grid: Grid) -> dict[str, int]:
+    """How many tiles each of the STAGES of tile_kinds decides; "mixed": how many that took all points are PARTIAL."""
+    counts = dict.fromkeys((*STAGES, "mixed"), 0)
+    left = torch.ones(grid.shape, dtype=torch.bool, device=grid.device)
+    for stage, kinds in _stages(mask, bindings, grid):
+        decided = left & (kinds != UNDECIDED)
+        counts[stage] = int(decided.sum())
+        if stage == STAGES[-1]:
+            counts["mixed"] = int((decided & (kinds == PARTIAL)).sum())
+        left &= ~decided
+    return counts
 
 
 def interval_kinds(mask: Expr, bindings: Bindings, grid: Grid) -> Tensor:
@@ -63,24 +70,24 @@ def interval_kinds(mask: Expr, bindings: Bindings, grid: Grid) -> Tensor:
 _CHUNK = 1 << 20  # elements evaluated at a time
 
 
-def _decide(kinds: Tensor, mask: Expr, bindings: Bindings, grid: Grid) -> None:
-    """Overwrite UNDECIDED entries: look at ever more points of the tiles that are left, in the end at all of them."""
-    for points in (2, 8, max(grid.tile)):
+def _stages(mask: Expr, bindings: Bindings, grid: Grid) -> Iterator[tuple[str, Tensor]]:
+    """The kinds after each stage, each in place of the last: by bounds, then by ever more points of undecided tiles."""
+    kinds = interval_kinds(mask, bindings, grid)
+    yield STAGES[0], kinds
+    for stage, points in zip(STAGES[1:], (2, 8, max(grid.tile)), strict=True):
         tiles = Tiles(*(kinds == UNDECIDED).nonzero(as_tuple=True))
         if tiles.b.numel() == 0:
             return
         for chunk in zip(*(index.split(max(_CHUNK // points**2, 1)) for index in tiles), strict=True):
             kinds[chunk] = _seen_kinds(mask, bindings, grid, Tiles(*chunk), points)
+        yield stage, kinds
 
 
 def _seen_kinds(mask: Expr, bindings: Bindings, grid: Grid, tiles: Tiles, points: int) -> Tensor:
     """Kinds of tiles from points x points of their elements, or all: int8, UNDECIDED where the points do not tell."""
     num_q, num_kv = (min(points, size) for size in grid.tile)
     visible = evaluate(mask, bindings, **grid.points(tiles, num_q, num_kv))
-    shape = torch.broadcast_tensors(*tiles)[
-        0
-    ].shape  # not torch.broadcast_shapes, which imports sympy: 2 s at first call
-    visible = visible.expand(*shape, num_q, num_kv)
+    visible = visible.expand(*tiles.b.shape, num_q, num_kv)
     some, every = visible.any(-1).any(-1), visible.all(-1).all(-1)
     if (num_q, num_kv) == grid.tile:
         return some.to(torch.int8) + every.to(torch.int8)

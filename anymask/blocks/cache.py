@@ -6,7 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,12 +25,28 @@ class _Entry:
     storages: tuple[StorageWeakRef, ...]
 
 
+class CacheInfo(NamedTuple):
+    """hits, misses: how often a map or a walk was kept, and how often it was made.  kept: how many there are, at most
+    `most`.  num_bytes: what they hold."""
+
+    hits: int
+    misses: int
+    kept: int
+    most: int
+    num_bytes: int
+
+
+_hits = _misses = 0
 _entries: OrderedDict[Hashable, _Entry] = OrderedDict()
 _lock = threading.Lock()
 
 
 def find(
-    what: Hashable, device: torch.device, captures: tuple[Tensor, ...], build: Callable[[], Built], is_ours: bool = False
+    what: Hashable,
+    device: torch.device,
+    captures: tuple[Tensor, ...],
+    build: Callable[[], Built],
+    is_ours: bool = False,
 ) -> Built:
     """The kept value for `what` over these captured tensors, or what build() makes, then kept.
 
@@ -39,17 +55,22 @@ def find(
     no version (is_ours: they never change), and under a dispatch mode (fake tensors, checkpointing) or while a CUDA
     graph is captured results are not for others.
     """
+    global _hits, _misses
     if _is_private(captures, is_ours):
+        with _lock:
+            _misses += 1
         return build()
     # a map is ready for the stream that it was built on, and for no other without waiting
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+    stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else None
     key = (what, device, stream, identities(captures))
     with _lock:
         entry = _entries.get(key)
         if entry is not None and not any(storage.expired() for storage in entry.storages):
             _entries.move_to_end(key)
+            _hits += 1
             value: Built = entry.value
             return value
+        _misses += 1
     value = build()
     storages = tuple(StorageWeakRef(tensor.untyped_storage()) for tensor in captures)
     with _lock:
@@ -59,6 +80,23 @@ def find(
         while len(_entries) > MOST:
             _entries.popitem(last=False)
     return value
+
+
+def info() -> CacheInfo:
+    """What is kept now, and how often it was of use in this process."""
+    with _lock:
+        values = [entry.value for entry in _entries.values()]
+        tensors = [tensor for value in values for tensor in (value if isinstance(value, tuple) else (value,))]
+        num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return CacheInfo(_hits, _misses, len(values), MOST, num_bytes)
+
+
+def clear() -> None:
+    """Forget all maps and walks, and the counts."""
+    global _hits, _misses
+    with _lock:
+        _entries.clear()
+        _hits = _misses = 0
 
 
 def _is_private(captures: tuple[Tensor, ...], is_ours: bool) -> bool:

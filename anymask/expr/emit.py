@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from anymask.expr.ir import DType, Expr, Op
 
@@ -17,17 +17,20 @@ INDENT = "    "
 
 
 @functools.lru_cache(maxsize=4096)
-def emit(expr: Expr, name: str, wide: frozenset[int] = frozenset(), is_ptx: bool = False) -> str:
+def emit(
+    expr: Expr, name: str, wide: frozenset[int] = frozenset(), is_ptx: bool = False, is_inside: bool = False
+) -> str:
     """Source of `name(b, h, q_idx, kv_idx, captures, ints, floats)`; `score` comes first where expr is a FLOAT.
 
     In the function: b, h are int32 scalars; q_idx, kv_idx int32 [BLOCK_Q, 1] and [1, BLOCK_KV] (or transposed).
     captures: per slot (pointer, odd sizes, strides).  ints: odd numbers; a size or number n travels as odd(n).
     wide: slots of captured tensors whose offsets need 64 bits. The result broadcasts to the tile; FLOAT is float32.
     is_ptx: for NVIDIA: what an operation of both axes reads of one axis alone goes through opaque() of functions.py.
+    is_inside: q_idx and kv_idx are positions that exist; ids[b, q_idx] then is inside its tensor (ops.check_reads).
     """
     params = ["score"] if expr.dtype is DType.FLOAT else []
-    lines, (value,) = _lines([expr], wide, is_ptx)
-    return _function(name, params, [*lines, f"return {value}"])
+    lines, (value,) = lines_of([expr], wide, is_ptx, is_inside)
+    return function_text(name, params, [*lines, f"return {value}"])
 
 
 @functools.lru_cache(maxsize=4096)
@@ -37,8 +40,8 @@ def emit_hide(mask: Expr, name: str, wide: frozenset[int] = frozenset(), is_ptx:
     One select for each condition that `&` joins: joined first, LLVM would pack the conditions into bits (sm_90,
     documents and causal, dQ step 128 x 64: 734 -> 591 instructions).
     """
-    lines, values = _lines(_conjuncts(mask), wide, is_ptx)
-    return _function(
+    lines, values = lines_of(_conjuncts(mask), wide, is_ptx)
+    return function_text(
         name, ["x", "other"], [*lines, *(f"x = tl.where({value}, x, other)" for value in values), "return x"]
     )
 
@@ -47,16 +50,19 @@ def _conjuncts(mask: Expr) -> list[Expr]:
     return [part for arg in mask.args for part in _conjuncts(arg)] if mask.op is Op.AND else [mask]
 
 
-def _function(name: str, params: list[str], lines: list[str]) -> str:
+def function_text(name: str, params: list[str], lines: list[str]) -> str:
+    """The text of a jitted function of these parameters, the indices and the bindings."""
     params = [*params, "b", "h", "q_idx", "kv_idx", "captures", "ints", "floats"]
     return f"@triton.jit\ndef {name}({', '.join(params)}):\n" + "".join(f"{INDENT}{line}\n" for line in lines)
 
 
-def _lines(exprs: list[Expr], wide: frozenset[int], is_ptx: bool) -> tuple[list[str], list[str]]:
+def lines_of(
+    exprs: list[Expr], wide: frozenset[int], is_ptx: bool = False, is_inside: bool = False
+) -> tuple[list[str], list[str]]:
     """One line per node of the expressions, and the names that hold their values."""
     nodes = list(dict.fromkeys(node for expr in exprs for node in expr.walk()))
     opaque = _one_axis_operands(nodes) if is_ptx else set()
-    bounds = _bounds(nodes)
+    bounds = integer_bounds(nodes)
     names: dict[Expr, str] = {}
     lines: list[str] = []
     for node in nodes:
@@ -68,9 +74,9 @@ def _lines(exprs: list[Expr], wide: frozenset[int], is_ptx: bool) -> tuple[list[
         target = f"v{len(names)}"
         args = [names[arg] for arg in node.args]
         if node.op is Op.LOAD:
-            lines += _load(node, target, args, bounds, wide)
+            lines += _load(node, target, args, bounds, wide, is_inside)
         else:
-            if len(_axes(node)) == 2:
+            if len(axes(node)) == 2:
                 hidden = [arg.op is Op.INDEX and arg in opaque for arg in node.args]
                 args = [f"opaque_{arg}" if is_hidden else arg for arg, is_hidden in zip(args, hidden, strict=True)]
             lines.append(f"{target} = {_rule(node, bounds).format(*args, type=TYPES[node.dtype])}")
@@ -81,18 +87,18 @@ def _lines(exprs: list[Expr], wide: frozenset[int], is_ptx: bool) -> tuple[list[
 
 
 @functools.lru_cache(maxsize=65536)
-def _axes(node: Expr) -> frozenset[str]:
+def axes(node: Expr) -> frozenset[str]:
     """Which of q_idx and kv_idx a value varies with; the score varies with both."""
     if node.op is Op.SCORE:
         return frozenset(("q_idx", "kv_idx"))
     own = {str(node.value)} if node.op is Op.INDEX else set()
-    return frozenset(own & {"q_idx", "kv_idx"}).union(*map(_axes, node.args))
+    return frozenset(own & {"q_idx", "kv_idx"}).union(*map(axes, node.args))
 
 
 def _one_axis_operands(nodes: list[Expr]) -> set[Expr]:
     """The values of one axis that operations of both axes read."""
-    mixed = [node for node in nodes if len(_axes(node)) == 2 and node.op is not Op.LOAD]
-    return {arg for node in mixed for arg in node.args if len(_axes(arg)) == 1 and arg.dtype is not DType.BOOL}
+    mixed = [node for node in nodes if len(axes(node)) == 2 and node.op is not Op.LOAD]
+    return {arg for node in mixed for arg in node.args if len(axes(arg)) == 1 and arg.dtype is not DType.BOOL}
 
 
 def odd(n: int) -> int:
@@ -171,6 +177,7 @@ FLOAT_TEMPLATES: dict[Op, str] = {
 }
 
 Bounds = dict[Expr, tuple[int, int]]
+RANGES = {DType.BOOL: (0, 1), DType.INT32: (-(1 << 31), (1 << 31) - 1), DType.INT64: (-(1 << 63), (1 << 63) - 1)}
 
 
 def _rule(node: Expr, bounds: Bounds) -> str:
@@ -213,7 +220,7 @@ def _literal(node: Expr) -> str:
     return repr(node.value)
 
 
-def _load(node: Expr, target: str, args: list[str], bounds: Bounds, wide: frozenset[int]) -> list[str]:
+def _load(node: Expr, target: str, args: list[str], bounds: Bounds, wide: frozenset[int], is_inside: bool) -> list[str]:
     """Lines that read a captured tensor: negative indices count from the end, outside the tensor 0 is read."""
     slot = int(node.value)  # type: ignore[arg-type]
     lines, inside, pointer = [], [], f"captures[{slot}][0]"
@@ -223,10 +230,11 @@ def _load(node: Expr, target: str, args: list[str], bounds: Bounds, wide: frozen
             lines.append(f"{target}_{dim} = tl.where({index} < 0, {index} + {size}, {index})")
             index = f"{target}_{dim}"
             inside.append(f"({index} >= 0)")
-        inside.append(f"({index} < {size})")
+        if not (is_inside and arg.op is Op.INDEX):
+            inside.append(f"({index} < {size})")
         offset = f"{index}.to(tl.int64)" if slot in wide else index
         pointer += f" + {offset} * captures[{slot}][2][{dim}]"
-    read = str(TEMPLATES[Op.LOAD]).format(pointer, " & ".join(inside)) if args else f"tl.load({pointer})"
+    read = str(TEMPLATES[Op.LOAD]).format(pointer, " & ".join(inside)) if inside else f"tl.load({pointer})"
     convert = " != 0" if node.dtype is DType.BOOL else f".to({TYPES[node.dtype]})"
     return [*lines, f"{target} = {read}{convert}"]
 
@@ -234,15 +242,13 @@ def _load(node: Expr, target: str, args: list[str], bounds: Bounds, wide: frozen
 INDEX_LIMIT = 1 << 30  # above every index that a kernel passes, the overhang of the last tile included
 
 
-def _bounds(nodes: list[Expr]) -> Bounds:
+def integer_bounds(nodes: Iterable[Expr]) -> Bounds:
     """Smallest and largest value of each integer node, by its structure alone; what could wrap is unknown."""
     bounds: Bounds = {}
     for node in nodes:
         if node.dtype is DType.FLOAT:
             continue
-        lowest, highest = {DType.BOOL: (0, 1), DType.INT32: (-(1 << 31), (1 << 31) - 1)}.get(
-            node.dtype, (-(1 << 63), (1 << 63) - 1)
-        )
+        lowest, highest = RANGES[node.dtype]
         found = _node_bounds(node, [bounds[arg] for arg in node.args if arg in bounds])
         is_known = found is not None and lowest <= found[0] and found[1] <= highest
         bounds[node] = found if found is not None and is_known else (lowest, highest)

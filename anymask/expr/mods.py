@@ -39,6 +39,11 @@ class Mods:
         return _parse_unbound(text)
 
     @functools.cached_property
+    def is_ragged(self) -> bool:
+        """The mask reads captured tensors, as documents do: how much a row visits can differ much from row to row."""
+        return any(node.op is Op.LOAD for node in self.mask.walk())
+
+    @functools.cached_property
     def bare_reads(self) -> tuple[tuple[int, int, str], ...]:
         """(slot, dimension, index name) of each read of a captured tensor at an index as it is: ids[b, q_idx]."""
         return tuple(

@@ -8,10 +8,12 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from anymask.kernels import functions
+from anymask.kernels import bounds, functions
 
 NAMESPACE = {"tl": tl, "triton": triton} | {
-    name: value for name, value in vars(functions).items() if isinstance(value, triton.runtime.KernelInterface)
+    name: value
+    for name, value in (*vars(functions).items(), *vars(bounds).items())
+    if isinstance(value, triton.runtime.KernelInterface)
 }
 
 

@@ -1,4 +1,4 @@
-"""The only file that starts kernels: for a map, its walks, forward, backward. It obeys the plan and owns what it writes."""
+"""The only file that starts kernels: map, walk, forward, backward. It obeys the plan and owns what it writes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from anymask.blocks.block_map import BlockMap
 from anymask.blocks.walk import WORD, Walk
 from anymask.expr.bindings import Bindings
 from anymask.expr.emit import emit, emit_hide, odd
+from anymask.expr.emit_bounds import emit_bounds
 from anymask.expr.grad import derivative
+from anymask.expr.interval import Grid
 from anymask.expr.ir import Expr
 from anymask.expr.mods import Mods
 from anymask.kernels.configs import Config
@@ -27,8 +29,9 @@ from anymask.kernels.triton_walk import order_kernel, pack_kernel
 from anymask.problem import dense_like
 
 DELTA_BLOCK = 32
-# Heads run together while what their programs read in common stays below this: most of an H200's L2 cache.
-SHARED_BYTES = 32 << 20
+# Most tiles that one program bounds, of how many positions in all, and pairs that it evaluates at a time where it must;
+# with fewer programs than MAP_PROGRAMS several share such tiles. (8,192 pairs at a time cost 20% more compile time.)
+MAP_ROWS, MAP_COLUMNS, MAP_POSITIONS, MAP_PAIRS, MAP_PROGRAMS = 16, 32, 4096, 4096, 8192
 # Rows and columns that one program packs at a time, rows that one program ranks and how many it compares at a time.
 PACK_ROWS, PACK_COLUMNS, ORDER_ROWS, ORDER_OTHERS = 8, 256, 32, 256
 
@@ -47,7 +50,7 @@ def forward(
     if out.shape.numel() == 0 or Skv == 0:
         return out.zero_(), lse.fill_(float("-inf"))
     config = _config(plan.forward)
-    walk, (tile_q, tile_kv) = _walk(blocks, config, is_kv_row=False)
+    walk, (tile_q, tile_kv) = walk_for(blocks, config, is_kv_row=False)
     arguments = _bind(bindings)
     mask, score, _ = _functions(mods, arguments.wide, plan.is_ptx, has_gradient=False)
     if score is None and scale <= 0:  # the identity: the kernel's short cut needs scale > 0
@@ -63,7 +66,7 @@ def forward(
             k.stride(),
             v.stride(),
             out.stride(),
-            *_walk_arguments(walk, B * Hq, Hq // Hkv, Skv * (D + Dv) * q.itemsize),
+            *_walk_arguments(walk, B * Hq, Hq // Hkv, Skv * (D + Dv) * q.itemsize, plan),
             Hq,
             Sq,
             Skv,
@@ -114,8 +117,8 @@ def backward(
     mask, score, score_gradient = _functions(mods, arguments.wide, plan.is_ptx, has_gradient=True)
     G = Hq // Hkv
     dkdv, dq_config = _config(plan.dkdv), _config(plan.dq)
-    columns, columns_tile = _walk(blocks, dkdv, is_kv_row=True)
-    lines, lines_tile = _walk(blocks, dq_config, is_kv_row=False)
+    columns, columns_tile = walk_for(blocks, dkdv, is_kv_row=True)
+    lines, lines_tile = walk_for(blocks, dq_config, is_kv_row=False)
     longest = max(columns_tile[0], lines_tile[0])
     padded_Sq = _ceil(Sq, longest) * longest
     rows = torch.empty(B, Hq, padded_Sq, 2, dtype=torch.float32, device=q.device)
@@ -160,7 +163,7 @@ def backward(
             dout.stride(),
             dk.stride(),
             dv.stride(),
-            *_walk_arguments(columns, B * Hkv, 1, Sq * G * (D + Dv) * q.itemsize),
+            *_walk_arguments(columns, B * Hkv, 1, Sq * G * (D + Dv) * q.itemsize, plan),
             Hkv,
             Sq,
             Skv,
@@ -188,7 +191,7 @@ def backward(
             v.stride(),
             dout.stride(),
             dq.stride(),
-            *_walk_arguments(lines, B * Hq, G, Skv * (D + Dv) * q.itemsize),
+            *_walk_arguments(lines, B * Hq, G, Skv * (D + Dv) * q.itemsize, plan),
             Hq,
             Sq,
             Skv,
@@ -229,7 +232,7 @@ def walk(blocks: BlockMap, tile: tuple[int, int], is_kv_row: bool) -> Walk:
         pack_kernel[(Bm * Hm * _ceil(num_rows, PACK_ROWS),)](
             kinds,
             made.words,
-            made.count,
+            made.counts,
             *sizes,
             num_q * num_kv,
             *strides,
@@ -243,33 +246,54 @@ def walk(blocks: BlockMap, tile: tuple[int, int], is_kv_row: bool) -> Walk:
             num_warps=4,
         )
         order_kernel[(Bm * Hm * _ceil(num_rows, ORDER_ROWS),)](
-            made.count, made.order, num_rows, ROWS=ORDER_ROWS, OTHERS=ORDER_OTHERS, num_warps=4
+            made.counts, made.order, num_rows, ROWS=ORDER_ROWS, OTHERS=ORDER_OTHERS, num_warps=4
         )
     return made
 
 
-def exact(kinds: Tensor, mask: Expr, bindings: Bindings, Sq: int, Skv: int, tile: tuple[int, int]) -> None:
-    """Where kinds [Bm, Hm, num_q, num_kv] int8 is 3 (undecided), write 0 empty, 1 partial or 2 full. In place."""
+def classify(mask: Expr, bindings: Bindings, grid: Grid) -> Tensor:
+    """EMPTY, PARTIAL or FULL for each tile of the grid: int8 [B, H, nQ, nKV]. No host synchronisation.
+
+    A captured tensor that is read at a bare index must hold all of it (ops.check_reads).
+    """
+    kinds = torch.empty(grid.shape, dtype=torch.int8, device=grid.device)
     if kinds.numel() == 0:
-        return
+        return kinds
+    B, H, num_q, num_kv = grid.shape
+    tile_q, tile_kv = grid.tile
+    padded_q, padded_kv = _power_of_two(tile_q), _power_of_two(tile_kv)
+    rows = min(MAP_ROWS, max(1, MAP_POSITIONS // 2 // padded_q))
+    columns = min(MAP_COLUMNS, max(1, MAP_POSITIONS // padded_kv))
+    num_blocks = B * H * _ceil(num_q, rows) * _ceil(num_kv, columns)
+    num_shares = max(1, min(rows, MAP_PROGRAMS // num_blocks))
     arguments = _bind(bindings)
-    _, Hm, num_q, num_kv = kinds.shape
+    bounds, function = _map_functions(mask, arguments.wide)
+    block_kv = min(padded_kv, 128)
     with _device_of(kinds):
-        classify_kernel[(kinds.numel(),)](
+        classify_kernel[(num_blocks * num_shares,)](
             kinds,
-            Hm,
+            H,
             num_q,
             num_kv,
-            Sq,
-            Skv,
+            grid.Sq,
+            grid.Skv,
+            num_shares,
             arguments.values,
-            MASK=_function(mask, "mask", arguments.wide),
-            TILE_Q=tile[0],
-            TILE_KV=tile[1],
-            BLOCK_Q=min(_power_of_two(tile[0]), 64),
-            BLOCK_KV=min(_power_of_two(tile[1]), 64),
-            num_warps=4,
+            BOUNDS=bounds,
+            MASK=function,
+            TILE_Q=tile_q,
+            TILE_KV=tile_kv,
+            PADDED_Q=padded_q,
+            PADDED_KV=padded_kv,
+            BLOCK_Q=min(padded_q, MAP_PAIRS // block_kv),
+            BLOCK_KV=block_kv,
+            ROWS=rows,
+            COLUMNS=columns,
+            IS_EVEN_Q=tile_q == padded_q and grid.Sq % tile_q == 0,
+            IS_EVEN_KV=tile_kv == padded_kv and grid.Skv % tile_kv == 0,
+            num_warps=8,
         )
+    return kinds
 
 
 class _Arguments:
@@ -310,22 +334,29 @@ def _functions(mods: Mods, wide: frozenset[int], is_ptx: bool, has_gradient: boo
     return mask, score, _function(derivative(mods.score), "score_gradient", wide, is_ptx)
 
 
-def _walk(blocks: BlockMap, config: Config, is_kv_row: bool) -> tuple[Walk, tuple[int, int]]:
-    """The walk of a kernel with these tiles, made once for a map, and its tile: the bigger of the map's and config's."""
+@functools.lru_cache(maxsize=4096)
+def _map_functions(mask: Expr, wide: frozenset[int]) -> tuple[Any, Any]:
+    """The bounds of the mask over map tiles, and the mask itself, both at indices that exist."""
+    bounds, function = emit_bounds(mask, "bounds", wide, is_inside=True), emit(mask, "mask", wide, is_inside=True)
+    return jitted(bounds, "bounds"), jitted(function, "mask")
+
+
+def walk_for(blocks: BlockMap, config: Config, is_kv_row: bool) -> tuple[Walk, tuple[int, int]]:
+    """The walk of a kernel, made once for a map, and its tile: the bigger of the map's and config's."""
     tile = (max(blocks.tile[0], config.BLOCK_Q), max(blocks.tile[1], config.BLOCK_KV))
     what = ("walk", tile, is_kv_row, blocks.Sq, blocks.Skv, blocks.tile)
     kinds = blocks.kinds
     return cache.find(what, kinds.device, (kinds,), lambda: walk(blocks, tile, is_kv_row), is_ours=True), tile
 
 
-def _walk_arguments(walk: Walk, num_heads: int, G: int, head_bytes: int) -> tuple[Any, ...]:
+def _walk_arguments(walk: Walk, num_heads: int, G: int, head_bytes: int, plan: Plan) -> tuple[Any, ...]:
     """walk, num_words, map_strides, num_rows, num_heads, heads_together of kernels/tile.py.
 
     head_bytes: what the programs of G heads read in common.
     """
     Bm, Hm, num_rows, _, num_words = walk.words.shape
     strides = (Hm if Bm > 1 else 0, 1 if Hm > 1 else 0)
-    return walk, num_words, strides, num_rows, num_heads, G * max(1, SHARED_BYTES // max(head_bytes, 1))
+    return walk, num_words, strides, num_rows, num_heads, G * max(1, plan.shared_bytes // max(head_bytes, 1))
 
 
 def _head_dims(D: int, Dv: int) -> dict[str, int]:

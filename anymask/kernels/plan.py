@@ -13,7 +13,7 @@ import torch
 from anymask.errors import UnsupportedError
 from anymask.expr.ir import DType, Op
 from anymask.expr.mods import Mods
-from anymask.kernels.configs import FAMILIES, SHARED_LIMITS, Config, lookup
+from anymask.kernels.configs import FAMILIES, RAGGED_BYTES, REGULAR_BYTES, SHARED_LIMITS, Config, lookup
 from anymask.problem import Problem
 
 BACKENDS = ("triton", "eager", "reference")
@@ -22,7 +22,11 @@ KERNELS = ("forward", "dkdv", "dq")
 
 @dataclass(frozen=True)
 class Plan:
-    """What launch obeys. forward, dkdv, dq and precision (of float32 products: "ieee" or "tf32") are for Triton."""
+    """What launch obeys. All but backend, arch and why are for Triton.
+
+    precision: of float32 products, "ieee" or "tf32".  shared_bytes: heads run together while what their programs read
+    in common stays below this.
+    """
 
     backend: str
     arch: str = ""
@@ -30,6 +34,7 @@ class Plan:
     dkdv: Config | None = None
     dq: Config | None = None
     precision: str = "ieee"
+    shared_bytes: int = 0
     why: str = ""
 
     @property
@@ -87,7 +92,8 @@ def choose(
     if unknown:
         raise UnsupportedError(f"config= has the keys {sorted(unknown)}; it takes {', '.join(KERNELS)}")
     precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-    plan = _tuned(problem.D, problem.Dv, problem.dtype, mods, tile, arch, precision)
+    S = max(problem.Sq, problem.Skv)
+    plan = _tuned(problem.D, problem.Dv, problem.dtype, mods, tile, S, arch, precision)
     if not config:
         return plan
     need = Need.of(problem.D, problem.Dv, problem.dtype, mods, family_of(arch))
@@ -99,28 +105,33 @@ def choose(
 
 
 @functools.lru_cache(maxsize=4096)
-def _tuned(D: int, Dv: int, dtype: torch.dtype, mods: Mods, tile: tuple[int, int], arch: str, precision: str) -> Plan:
+def _tuned(
+    D: int, Dv: int, dtype: torch.dtype, mods: Mods, tile: tuple[int, int], S: int, arch: str, precision: str
+) -> Plan:
     """The Triton plan that the tuning rows give."""
     family = family_of(arch)
     arithmetic = "half" if dtype.itemsize == 2 else "ieee" if family == "interpreter" else precision
     need = Need.of(D, Dv, dtype, mods, family)
-    row = lookup(family, arithmetic, max(need.D, need.Dv), mods.has_mask)
+    row = lookup(family, arithmetic, max(need.D, need.Dv), mods.is_ragged, S)
     chosen = {kernel: _fit(kernel, getattr(row, kernel), tile, need) for kernel in KERNELS}
     says = "; ".join(f"{kernel} {chosen[kernel]}" for kernel in KERNELS)
     works = " with a score function" if mods.has_score else ""
     why = f"triton on {arch}, {arithmetic}, D {D}, Dv {Dv}{works}: {says}"
-    return Plan("triton", arch, **chosen, precision=precision, why=why)
+    shared_bytes = RAGGED_BYTES if mods.is_ragged else REGULAR_BYTES
+    return Plan("triton", arch, **chosen, precision=precision, shared_bytes=shared_bytes, why=why)
 
 
 def default_tile(device_type: str, length: int, has_mask: bool) -> tuple[int, int]:
     """The tile of a map that nobody chose, (queries, keys), for the longer of Sq and Skv.
 
     On a GPU 64 x 64 under a mask: of 16,384 tokens in 14 documents, causal, it visits 1.08 times the visible pairs, and
-    128 x 128 1.18 times with twice the masked work. Beyond 65,536 tokens 128 x 128 keeps the map small.
+    128 x 128 1.18 times with twice the masked work. Beyond 65,536 and 524,288 tokens bigger ones keep the map small.
     On a CPU 128 x 64: 8,192 packed tokens forward and backward 276 ms, 128 x 128 297 ms (2 cores, 2026-11-22).
     """
     if device_type == "cpu":
         return 128, 64
+    if length > 524288:
+        return 256, 256
     return (64, 64) if has_mask and length <= 65536 else (128, 128)
 
 
@@ -202,9 +213,7 @@ def _obstacle(problem: Problem, tile: tuple[int, int], arch: str) -> str | None:
     return None
 
 
-def _override(
-    kernel: str, default: Config, wanted: Config | Mapping[str, Any], need: Need
-) -> Config:
+def _override(kernel: str, default: Config, wanted: Config | Mapping[str, Any], need: Need) -> Config:
     """The user's config, checked."""
     try:
         config = wanted if isinstance(wanted, Config) else replace(default, **wanted)
@@ -227,7 +236,7 @@ def _override(
 
 
 def _fit(kernel: str, config: Config, tile: tuple[int, int], need: Need) -> Config:
-    """config with tiles made smaller until it fits the shared memory, and as small as the map's where those are below 64.
+    """config with tiles as small as the map's where those are below 64, and smaller until it fits the shared memory.
 
     First two stages, then tiles down to 32, then one stage, then tiles down to 16.
     """

@@ -129,9 +129,9 @@ def work_of(program, num_rows, num_heads, heads_together, TILE: tl.constexpr, BL
 @triton.jit
 def row_of(walk, num_words, row, IS_FULL: tl.constexpr):
     """Where a row's words begin (pointer), and how many tiles they hold: its masked tiles, or its full ones."""
-    words, count, _ = walk
+    words, counts, _ = walk
     place = row * 2 + IS_FULL
-    return words + place * num_words, tl.load(count + place)
+    return words + place * num_words, tl.load(counts + place)
 
 
 @triton.jit

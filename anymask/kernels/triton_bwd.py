@@ -160,9 +160,7 @@ def dkdv_steps(
     return dk, dv
 
 
-@triton.jit(
-    do_not_specialize=["num_words", "num_rows", "num_heads", "heads_together", "Hkv", "Sq", "Skv", "padded_Sq"]
-)
+@triton.jit(do_not_specialize=["num_words", "num_rows", "num_heads", "heads_together", "Hkv", "Sq", "Skv", "padded_Sq"])
 def dkdv_kernel(
     q_pointer,  # [B, Hq, Sq, D]
     k_pointer,  # [B, Hkv, Skv, D]
@@ -177,7 +175,7 @@ def dkdv_kernel(
     dout_strides,
     dk_strides,
     dv_strides,
-    walk,  # (words, count, order) of blocks/walk.py
+    walk,  # (words, counts, order) of blocks/walk.py
     num_words,
     map_strides,  # see map_of
     num_rows,  # see work_of
@@ -348,7 +346,7 @@ def dq_steps(
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The masked, or the full, tiles of a row: dq [BLOCK_Q, D_PAD] with their keys added. lse_log2, delta: [BLOCK_Q, 1] f32."""
+    """The masked, or the full, tiles of a row: dq [BLOCK_Q, D_PAD] plus their keys. lse_log2, delta: [BLOCK_Q, 1]."""
     CHECK_KV: tl.constexpr = IS_MASKED and not IS_EVEN_KV
     STEPS: tl.constexpr = TILE_KV // BLOCK_KV
     bits, first, place = first_tile(words)
@@ -389,7 +387,7 @@ def dq_kernel(
     v_strides,
     dout_strides,
     dq_strides,
-    walk,  # (words, count, order) of blocks/walk.py
+    walk,  # (words, counts, order) of blocks/walk.py
     num_words,
     map_strides,  # see map_of
     num_rows,  # see work_of

@@ -53,7 +53,7 @@ def softmax_steps(
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The masked, or the full, tiles of a row: acc [BLOCK_Q, DV_PAD], row_max (base 2) and row_sum [BLOCK_Q] plus their keys."""
+    """The masked, or the full, tiles of a row: acc [BLOCK_Q, DV_PAD], row_max (base 2) and row_sum plus their keys."""
     CHECK_KV: tl.constexpr = IS_MASKED and not IS_EVEN_KV
     STEPS: tl.constexpr = TILE_KV // BLOCK_KV
     bits, first, place = first_tile(words)
@@ -99,7 +99,7 @@ def forward_kernel(
     k_strides,
     v_strides,
     out_strides,
-    walk,  # (words, count, order) of blocks/walk.py
+    walk,  # (words, counts, order) of blocks/walk.py
     num_words,
     map_strides,  # see map_of
     num_rows,  # see work_of

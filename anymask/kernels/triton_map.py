@@ -1,15 +1,27 @@
-"""Exact kinds of the map tiles that interval arithmetic left open."""
+"""The kinds of all map tiles in one launch: by bounds of the mask, and pair by pair where these leave a tile open."""
 
 import triton
 import triton.language as tl
 
+from anymask.kernels.tile import tile_at
 
-@triton.jit(do_not_specialize=["Hm", "num_q", "num_kv", "Sq", "Skv"])
-def classify_kernel(
-    kinds_pointer,  # [Bm, Hm, num_q, num_kv] int8, contiguous
-    Hm,
-    num_q,
-    num_kv,
+
+@triton.jit
+def positions(tile, step, length, TILE: tl.constexpr, IS_EVEN: tl.constexpr):
+    """Position number `step` of a tile; past its end, or that of the sequence, the last one again."""
+    if IS_EVEN:
+        position = tile * TILE + step
+    else:
+        position = tl.minimum(tile * TILE + tl.minimum(step, TILE - 1), length - 1)
+    return position
+
+
+@triton.jit
+def exact_kind(
+    b,
+    h,
+    q_tile,
+    kv_tile,
     Sq,
     Skv,
     bindings,
@@ -18,27 +30,105 @@ def classify_kernel(
     TILE_KV: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
+    IS_EVEN_Q: tl.constexpr,
+    IS_EVEN_KV: tl.constexpr,
 ):
-    """Where the kind is 3 (undecided), evaluate the mask on the tile: 0 hides all, 2 shows all, else 1."""
-    tile = tl.program_id(0).to(tl.int64)
-    kind = tl.load(kinds_pointer + tile)
-    if kind == 3:
-        kv_tile = (tile % num_kv).to(tl.int32)
-        q_tile = (tile // num_kv % num_q).to(tl.int32)
-        head = tile // num_kv // num_q
-        b = (head // Hm).to(tl.int32)
-        h = (head % Hm).to(tl.int32)
-        shows = 0
-        hides = 0
-        STEPS_KV: tl.constexpr = (TILE_KV + BLOCK_KV - 1) // BLOCK_KV
-        for step in range((TILE_Q + BLOCK_Q - 1) // BLOCK_Q * STEPS_KV):
-            # place in the tile: [BLOCK_Q, 1] and [1, BLOCK_KV]
-            row = step // STEPS_KV * BLOCK_Q + tl.arange(0, BLOCK_Q)[:, None]
-            column = step % STEPS_KV * BLOCK_KV + tl.arange(0, BLOCK_KV)[None, :]
-            q_idx = q_tile * TILE_Q + row
-            kv_idx = kv_tile * TILE_KV + column
-            inside = (row < TILE_Q) & (column < TILE_KV) & (q_idx < Sq) & (kv_idx < Skv)
-            keep = MASK(b, h, q_idx, kv_idx, bindings[0], bindings[1], bindings[2])
-            shows = tl.maximum(shows, tl.max((inside & keep).to(tl.int32)))
-            hides = tl.maximum(hides, tl.max((inside & ~keep).to(tl.int32)))
-        tl.store(kinds_pointer + tile, (shows * (2 - hides)).to(tl.int8))
+    """The kind of a tile, int8, from BLOCK_Q x BLOCK_KV pairs at a time, until some were visible and some hidden."""
+    SIZE: tl.constexpr = BLOCK_Q * BLOCK_KV
+    STEPS_KV: tl.constexpr = (TILE_KV + BLOCK_KV - 1) // BLOCK_KV
+    STEPS: tl.constexpr = (TILE_Q + BLOCK_Q - 1) // BLOCK_Q * STEPS_KV
+    step = 0
+    visible = 0
+    while (step < STEPS) & ((visible == 0) | (visible == step * SIZE)):
+        piece = (STEPS - step) % STEPS  # first and last piece first: a border that crosses the tile shows
+        # [BLOCK_Q, 1] and [1, BLOCK_KV]
+        row = piece // STEPS_KV * BLOCK_Q + tl.arange(0, BLOCK_Q)[:, None]
+        column = piece % STEPS_KV * BLOCK_KV + tl.arange(0, BLOCK_KV)[None, :]
+        q_idx = positions(q_tile, row, Sq, TILE_Q, IS_EVEN_Q)
+        kv_idx = positions(kv_tile, column, Skv, TILE_KV, IS_EVEN_KV)
+        keep = MASK(b, h, q_idx, kv_idx, bindings[0], bindings[1], bindings[2])
+        visible += tl.sum(tl.broadcast_to(keep.to(tl.int32), [BLOCK_Q, BLOCK_KV]))
+        step += 1
+    return (visible > 0).to(tl.int8) + (visible == step * SIZE).to(tl.int8)
+
+
+@triton.jit(do_not_specialize=["Hm", "num_q", "num_kv", "Sq", "Skv", "num_shares"])
+def classify_kernel(
+    kinds_pointer,  # [Bm, Hm, num_q, num_kv] int8, contiguous
+    Hm,
+    num_q,
+    num_kv,
+    Sq,
+    Skv,
+    num_shares,
+    bindings,
+    BOUNDS: tl.constexpr,
+    MASK: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    TILE_KV: tl.constexpr,
+    PADDED_Q: tl.constexpr,  # the next powers of two
+    PADDED_KV: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    IS_EVEN_Q: tl.constexpr,  # all tiles are whole and a power of two
+    IS_EVEN_KV: tl.constexpr,
+):
+    """ROWS x COLUMNS tiles, COLUMNS <= 32: 0 where the mask hides all pairs of a tile, 2 where it shows all, else 1.
+
+    num_shares programs find the same bounds and share the rows of tiles that these leave open.
+    """
+    program = tl.program_id(0)
+    share = program % num_shares
+    block = program // num_shares
+    num_columns = tl.cdiv(num_kv, COLUMNS)
+    num_rows = tl.cdiv(num_q, ROWS)
+    head = block // num_columns // num_rows
+    b = head // Hm
+    h = head % Hm
+    q_start = block // num_columns % num_rows * ROWS
+    kv_start = block % num_columns * COLUMNS
+    row = q_start + tl.arange(0, ROWS)
+    column = kv_start + tl.arange(0, COLUMNS)
+
+    # [ROWS, PADDED_Q] and [COLUMNS, PADDED_KV]
+    q_step = tl.arange(0, PADDED_Q)[None, :]
+    kv_step = tl.arange(0, PADDED_KV)[None, :]
+    q_idx = positions(tl.minimum(row, num_q - 1)[:, None], q_step, Sq, TILE_Q, IS_EVEN_Q)
+    kv_idx = positions(tl.minimum(column, num_kv - 1)[:, None], kv_step, Skv, TILE_KV, IS_EVEN_KV)
+    lo, hi = BOUNDS(b, h, q_idx, kv_idx, bindings[0], bindings[1], bindings[2])
+
+    # [ROWS, COLUMNS] int32; 3 is undecided
+    kinds = tl.broadcast_to(3 * hi.to(tl.int32) - lo.to(tl.int32), [ROWS, COLUMNS])
+    kinds_pointer += head.to(tl.int64) * num_q * num_kv
+    pointers = kinds_pointer + row.to(tl.int64)[:, None] * num_kv + column[None, :]
+    exists = (row < num_q)[:, None] & (column < num_kv)[None, :]
+    tl.store(pointers, kinds.to(tl.int8), mask=exists & (kinds != 3))
+
+    # [ROWS] int32: one bit a tile
+    is_open = exists & (kinds == 3)
+    words = tl.sum(tl.where(is_open, 1 << tl.arange(0, COLUMNS)[None, :], 0), 1)
+    num_open_rows = tl.where(tl.max((words != 0).to(tl.int32)) != 0, ROWS, 0)
+    for number in range(share, num_open_rows, num_shares):
+        word = tl.sum(tl.where(tl.arange(0, ROWS) == number, words, 0))
+        while word != 0:
+            kv_tile = tile_at(word, 0) + kv_start
+            kind = exact_kind(
+                b,
+                h,
+                q_start + number,
+                kv_tile,
+                Sq,
+                Skv,
+                bindings,
+                MASK,
+                TILE_Q,
+                TILE_KV,
+                BLOCK_Q,
+                BLOCK_KV,
+                IS_EVEN_Q,
+                IS_EVEN_KV,
+            )
+            tl.store(kinds_pointer + (q_start + number).to(tl.int64) * num_kv + kv_tile, kind)
+            word = word & (word - 1)

@@ -24,7 +24,7 @@ def pack_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,  # a multiple of 32
 ):
-    """Grid: ROWS rows of the walk each. Columns are read COLUMNS at a time; non-empty words are packed behind another."""
+    """Grid: ROWS rows of the walk each. Columns are read COLUMNS at a time, words with a tile written one by one."""
     WORDS: tl.constexpr = COLUMNS // 32
     walk_rows = (num_rows + ROW_FACTOR - 1) // ROW_FACTOR
     walk_columns = (num_columns + COLUMN_FACTOR - 1) // COLUMN_FACTOR
@@ -68,9 +68,7 @@ def pack_kernel(
 
 
 @triton.jit
-def pack_words(
-    tiles, place, num_before, start, is_row, words_pointer, ROWS: tl.constexpr, WORDS: tl.constexpr
-):
+def pack_words(tiles, place, num_before, start, is_row, words_pointer, ROWS: tl.constexpr, WORDS: tl.constexpr):
     """Write the words of tiles [ROWS, 32 * WORDS] (0 or 1) that are not zero; how many there are now, [ROWS, 1]."""
     # [ROWS, WORDS]
     bits = tl.sum(tiles.reshape(ROWS, WORDS, 32) << tl.arange(0, 32)[None, None, :], 2)

@@ -6,17 +6,17 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from anymask.blocks.block_map import EMPTY, FULL, PARTIAL
-from anymask.blocks.build import UNDECIDED, build, interval_kinds, tile_kinds
+from anymask.blocks.build import STAGES, UNDECIDED, build, interval_kinds, stages, tile_kinds
 from anymask.expr.bindings import Bindings
 from anymask.expr.interval import Grid
 from anymask.expr.ir import FALSE, TRUE, DType, Expr, Op, apply, const, from_text, index
 from tests.expr.test_interval import bindings, dense, expressions, grids
 
 CPU = torch.device("cpu")
+NAMES = (*STAGES, "mixed")
 B_IDX, H_IDX, Q, KV = (index(name) for name in ("b", "h", "q_idx", "kv_idx"))
 CAUSAL = apply(Op.LE, KV, Q)
 
@@ -126,36 +126,32 @@ def test_sizes_of_zero(sizes: tuple[int, int, int, int]) -> None:
     assert "0.0%" in str(block_map)
 
 
-def test_exact_gets_what_the_corners_leave_and_nothing_waits_for_the_device() -> None:
-    """Fake tensors have no values: a host synchronisation or a data-dependent shape would raise."""
-    ids = torch.zeros(64, dtype=torch.int32)
-    mask = both(CAUSAL, apply(Op.EQ, load(Q), load(KV)))
+def test_kinds_may_come_from_elsewhere() -> None:
+    kinds = torch.ones(2, 1, 8, 4, dtype=torch.int8)
     calls = []
 
-    def exact(kinds: torch.Tensor, *rest: object) -> None:
-        calls.append((kinds.shape, rest))
+    def classify(mask: Expr, bound: Bindings, grid: Grid) -> torch.Tensor:
+        calls.append((mask, bound, grid))
+        return kinds
 
-    with FakeTensorMode() as mode:
-        bound = Bindings((mode.from_tensor(ids),))
-        block_map = build(mask, bound, 1, 1, 60, 64, CPU, (8, 16), exact)
-    assert calls == [((1, 1, 8, 4), (mask, bound, 60, 64, (8, 16)))]
-    assert block_map.kinds.shape == (1, 1, 8, 4)
+    mask, bound = both(CAUSAL, apply(Op.EQ, load(B_IDX, Q), load(B_IDX, KV))), Bindings()
+    block_map = build(mask, bound, 2, 3, 60, 64, CPU, (8, 16), classify)
+    assert block_map.kinds is kinds
+    assert calls == [(mask, bound, Grid(2, 1, 60, 64, (8, 16), CPU))]
 
 
-def test_exact_decides_the_rest() -> None:
+def test_stages() -> None:
+    """How many tiles each stage decides: causal ones by bounds and corners, a lone pair only by all points."""
+    grid = Grid(1, 2, 64, 64, (16, 16), CPU)
+    assert stages(CAUSAL, Bindings(), grid) == dict(zip(NAMES, (24, 8, 0, 0, 0), strict=True))
+    assert stages(TRUE, Bindings(), grid) == dict(zip(NAMES, (32, 0, 0, 0, 0), strict=True))
     ids = torch.arange(64, dtype=torch.int32)
-    ids[13] = (
-        40  # widens the range of its tile to others: one of those is empty, one has a visible pair off its corners
-    )
+    ids[13] = 40  # widens the range of its tile to others: one of those is empty, one has a visible pair off its points
     mask, bound, grid = apply(Op.EQ, load(Q), load(KV)), Bindings((ids,)), Grid(1, 1, 64, 64, (16, 16), CPU)
-    left = []
-
-    def exact(kinds: torch.Tensor, *rest: object) -> None:
-        left.extend((kinds == UNDECIDED).nonzero().tolist())
-        kinds.copy_(brute_force(mask, bound, grid))
-
-    assert torch.equal(tile_kinds(mask, bound, grid, exact), tile_kinds(mask, bound, grid))
-    assert left == [[0, 0, 0, 1], [0, 0, 0, 2], [0, 0, 1, 0], [0, 0, 2, 0]]
+    counts = stages(mask, bound, grid)
+    assert counts == dict(zip(NAMES, (8, 4, 0, 4, 2), strict=True))
+    assert sum(counts[stage] for stage in STAGES) == 16
+    assert stages(mask, bound, Grid(1, 1, 0, 64, (16, 16), CPU)) == dict.fromkeys(NAMES, 0)
 
 
 def test_memory_does_not_grow_with_the_square() -> None:

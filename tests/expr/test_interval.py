@@ -68,18 +68,22 @@ def shifted(dtype: DType, by: int) -> tuple[Expr, Expr]:
     return cast(Q, dtype), apply(Op.SUB, cast(KV, dtype), const(by, dtype))
 
 
-@pytest.mark.parametrize("dtype", [INT32, INT64, FLOAT])
-@pytest.mark.parametrize("by", [-3, 6])
-def test_every_operation_of_two_axes(dtype: DType, by: int) -> None:
-    """Each op once with operands that surely mix the axes; FLOAT ones also as float32 kernels compute them."""
+def mixed_operations(dtype: DType, by: int) -> list[Expr]:
+    """Each op once with operands that surely mix the axes."""
     q, kv = shifted(dtype, by)
     mixed = apply(Op.SUB, q, kv)
     results = [apply(op, q, kv) for op in (*OPERATIONS[dtype][2], *COMPARE)]
     results += [apply(op, kv, q) for op in OPERATIONS[dtype][2]]
     results += [apply(op, mixed) for op in OPERATIONS[dtype][1]]
     results += [apply(Op.WHERE, apply(Op.LT, q, kv), q, kv)] + [cast(mixed, other) for other in DType]
-    results += [apply(op, mixed, const(n, dtype)) for op in OPERATIONS[dtype][2] for n in (-2, 0, 2, 3, 7)]
-    for expr in results:
+    return results + [apply(op, mixed, const(n, dtype)) for op in OPERATIONS[dtype][2] for n in (-2, 0, 2, 3, 7)]
+
+
+@pytest.mark.parametrize("dtype", [INT32, INT64, FLOAT])
+@pytest.mark.parametrize("by", [-3, 6])
+def test_every_operation_of_two_axes(dtype: DType, by: int) -> None:
+    """FLOAT ones also as float32 kernels compute them."""
+    for expr in mixed_operations(dtype, by):
         bounds = tile_bounds(expr, Bindings(), GRID)
         check(dense(expr, Bindings(), GRID), bounds, GRID)
         if expr.dtype is FLOAT:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,14 +13,25 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.slow
-def test_sample_compiles() -> None:
-    """In a process of its own: this one may run Triton's interpreter."""
+def aot(*arguments: str) -> str:
+    """What benchmarks/aot.py prints, in a process of its own: this one may run Triton's interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "benchmarks/aot.py", "--sample"]
+    command = [sys.executable, "benchmarks/aot.py", *arguments]
     done = subprocess.run(
         command, cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_sample_compiles() -> None:
+    printed = aot("--sample")
     for arch in ("sm_80", "sm_90", "sm_100", "gfx942"):
-        assert arch in done.stdout
+        assert arch in printed
+
+
+def test_new_lengths_and_documents_compile_next_to_nothing() -> None:
+    counts = json.loads(aot("--lengths", "200"))
+    assert set(counts) == {"forward", "delta", "dkdv", "dq", "classify", "pack", "order"}
+    assert max(counts.values()) <= 2, counts  # tiles that are all whole, and tiles that are not

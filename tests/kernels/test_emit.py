@@ -215,6 +215,12 @@ def test_row_work_stays_on_rows() -> None:
     assert "floor_divide" in emit(apply(Op.FLOORDIV, apply(Op.SUB, Q_, KV_), integer(12)), "f")
 
 
+def test_a_read_at_a_position_that_exists_needs_no_predicate() -> None:
+    read, shifted = (Expr.of(Op.LOAD, I32, (B_, i), 0) for i in (KV_, apply(Op.ADD, KV_, Q_)))
+    assert "mask=" in emit(read, "f") and "mask=" not in emit(read, "f", is_inside=True)
+    assert emit(shifted, "f", is_inside=True).count("<") == 1
+
+
 TABLE = torch.arange(-30, 34, dtype=torch.int32, device=DEVICE).view(8, 8)
 
 

@@ -206,19 +206,3 @@ def test_outputs_are_laid_out_as_inputs() -> None:
     out, _, dq, *_ = compute(causal(), None, (q, k, v, dout, dlse))
     assert out.transpose(1, 2).is_contiguous() and dq.transpose(1, 2).is_contiguous()  # as q, a [B, S, H, D] tensor
     assert compute(causal(), None, (q.contiguous(), k, v, dout, dlse))[0].is_contiguous()
-
-
-@pytest.mark.parametrize("tile", [(16, 32), (128, 64)], ids=str)
-@pytest.mark.parametrize("name", MASKS)
-def test_classify(name: str, tile: tuple[int, int]) -> None:
-    """exact() on a map of undecided tiles gives the map of brute force; decided ones are left alone."""
-    B, H, _, Sq, Skv, *_ = ZOO
-    program = trace(MASKS[name](Sizes(B, H, Sq, Skv, DEVICE)), None, torch.device(DEVICE))
-    mods = Mods.of(text_of(program.mask, program.score), program.bindings.ints, program.bindings.floats)
-    expected = build(mods.mask, program.bindings, B, H, Sq, Skv, torch.device(DEVICE), tile).to_dense()
-    kinds = torch.full_like(expected, 3)
-    kinds[..., 0, 0] = 1
-    launch.exact(kinds, mods.mask, program.bindings, Sq, Skv, tile)
-    assert (kinds[..., 0, 0] == 1).all()
-    kinds[..., 0, 0] = expected[..., 0, 0]
-    assert torch.equal(kinds, expected)

@@ -1,4 +1,4 @@
-"""Walks, in Triton's interpreter: every row visits exactly the tiles of the map, in any tile and direction, in order."""
+"""Walks, in Triton's interpreter: each row visits exactly its tiles of the map, in any tile and direction."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ from anymask.kernels.tile import first_tile, next_tile, row_of, tile_at, work_of
 
 def coarse(kinds: torch.Tensor, factors: tuple[int, int], num_whole: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Which tiles of the map's tiles times `factors` are masked, and which are full: [B, H, nQ, nKV] bool."""
-    parts = [
-        [part for part in rows.split(factors[1], dim=3)] for rows in kinds.split(factors[0], dim=2)
-    ]
+    parts = [list(rows.split(factors[1], dim=3)) for rows in kinds.split(factors[0], dim=2)]
     visited, full = (
         torch.stack([torch.stack([reduce(part) for part in row], -1) for row in parts], -2)
         for reduce in (lambda x: (x != EMPTY).flatten(2).any(-1), lambda x: (x == FULL).flatten(2).all(-1))
@@ -47,7 +45,7 @@ def check_walk(walk: Walk, masked: torch.Tensor, full: torch.Tensor) -> None:
             for row in range(num_rows):
                 for i, tiles in enumerate((masked, full)):
                     expected = tiles[b, h, row].nonzero().flatten().tolist()
-                    assert int(walk.count[b, h, row, i]) == len(expected)
+                    assert int(walk.counts[b, h, row, i]) == len(expected)
                     assert listed(walk.words[b, h, row, i], len(expected)) == expected
             order = walk.order[b, h].tolist()
             work = [4 * int(masked[b, h, row].sum()) + 3 * int(full[b, h, row].sum()) for row in range(num_rows)]
@@ -80,9 +78,9 @@ def test_more_columns_than_are_packed_at_a_time() -> None:
 
 def test_a_full_tile_over_the_end_of_the_keys_is_masked() -> None:
     blocks = BlockMap(torch.full((1, 1, 3, 3), FULL, dtype=torch.int8), 40, 40, (16, 16))
-    assert launch.walk(blocks, (16, 16), is_kv_row=False).count[0, 0].tolist() == [[1, 2]] * 3
-    assert launch.walk(blocks, (16, 16), is_kv_row=True).count[0, 0].tolist() == [[0, 3], [0, 3], [3, 0]]
-    assert launch.walk(blocks, (16, 32), is_kv_row=False).count[0, 0].tolist() == [[1, 1]] * 3
+    assert launch.walk(blocks, (16, 16), is_kv_row=False).counts[0, 0].tolist() == [[1, 2]] * 3
+    assert launch.walk(blocks, (16, 16), is_kv_row=True).counts[0, 0].tolist() == [[0, 3], [0, 3], [3, 0]]
+    assert launch.walk(blocks, (16, 32), is_kv_row=False).counts[0, 0].tolist() == [[1, 1]] * 3
 
 
 @triton.jit
@@ -90,7 +88,7 @@ def record_kernel(walk, num_words, row, steps_pointer, STEPS: tl.constexpr, IS_F
     """The first index of each step of a row, in tiles of 10 * STEPS and steps of 10, as the kernels compute it."""
     words, num_tiles = row_of(walk, num_words, row, IS_FULL)
     bits, first, place = first_tile(words)
-    for step in range(0, num_tiles * STEPS):
+    for step in range(num_tiles * STEPS):
         tl.store(steps_pointer + step, tile_at(bits, first) * 10 * STEPS + step % STEPS * 10)
         bits, first, place = next_tile(words, num_words, bits, first, place, step, STEPS)
 
@@ -103,7 +101,7 @@ def test_kernels_walk_what_is_listed() -> None:
     walk = launch.walk(BlockMap(kinds, 80, 3200, (16, 16)), (16, 16), is_kv_row=False)
     for row in range(5):
         for is_full in (0, 1):
-            tiles = listed(walk.words[0, 0, row, is_full], int(walk.count[0, 0, row, is_full]))
+            tiles = listed(walk.words[0, 0, row, is_full], int(walk.counts[0, 0, row, is_full]))
             for num_steps in (1, 2, 4):
                 steps = torch.full((200 * num_steps,), -1, dtype=torch.int32)
                 arguments = (tuple(walk), walk.words.shape[-1], row, steps)

@@ -1,0 +1,253 @@
+"""What block maps cost on one NVIDIA GPU, each checked against brute force first.
+
+    python benchmarks/maps.py [--only REGEX] [--out FILE.jsonl]
+
+One JSON row per mask and implementation. `anymask`: the map and the walks that a forward and a backward read (D = 128,
+bf16). `flex`: FlexAttention's create_block_mask, compiled, in a process of its own.
+
+| field | meaning |
+|---|---|
+| `gpu_us` | a CUDA graph of the whole build, replayed: GPU time with the gaps between launches |
+| `wall_us` | from the call to the end of the GPU's work, no CUDA graph, nothing kept from before |
+| `bytes` | what the map and its walks hold; `peak_extra_mib`: the most that was held while building |
+| `read_us` | one read of all captured tensors at the measured bandwidth (opaque masks) |
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from gpu import document_ids, document_lengths, environment, peak_mib, reason
+from torch.nn.attention.flex_attention import create_block_mask
+
+from anymask import Mask, block_diffusion, block_map, causal, clear_cache, document, mask_from, neighbourhood, tree
+from anymask.blocks.block_map import BlockMap
+from anymask.blocks.build import tile_kinds
+from anymask.blocks.walk import Walk
+from anymask.expr.bindings import Bindings
+from anymask.expr.interval import Grid
+from anymask.expr.mods import Mods, text_of
+from anymask.expr.trace import SCORE_TEXT
+from anymask.kernels import launch
+from anymask.kernels.plan import choose, default_tile
+from anymask.problem import Problem
+
+DEVICE = "cuda"
+
+
+@dataclass(frozen=True)
+class Work:
+    """A mask over S x S. changes: a captured tensor; writing to it forces a new map. has_flex: the peer is measured."""
+
+    name: str
+    S: int
+    mask: Mask
+    changes: torch.Tensor | None = None
+    has_flex: bool = False
+    is_opaque: bool = False
+
+
+def documents(S: int) -> Work:
+    ids = document_ids(document_lengths(S)).int()
+    return Work(f"documents_causal_S{S}", S, causal() & document(ids), ids)
+
+
+def random_tree(num_nodes: int) -> Work:
+    generator = torch.Generator().manual_seed(0)
+    parents = (torch.rand(num_nodes, generator=generator) * torch.arange(num_nodes)).long() - 1
+    parents = parents.to(DEVICE)
+    return Work(f"tree_S{num_nodes}", num_nodes, tree(parents), has_flex=True)
+
+
+def opaque(S: int) -> Work:
+    tensor = torch.rand(S, S, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(0)) < 0.5
+    tensor[: S // 2, : S // 4] = False
+    tensor[S // 2 :, : S // 4] = True
+    return Work(f"opaque_S{S}", S, mask_from(tensor), tensor, is_opaque=True)
+
+
+WORKS: dict[str, Callable[[], Work]] = {
+    "documents_64k": lambda: documents(65536),
+    "documents_1m": lambda: documents(1048576),
+    "neighbourhood": lambda: Work("neighbourhood_2d_256x256", 65536, neighbourhood((256, 256), 13), has_flex=True),
+    "diffusion": lambda: Work("block_diffusion_S32768", 32768, block_diffusion(16384, 32), has_flex=True),
+    "tree": lambda: random_tree(8192),
+    "opaque": lambda: opaque(32768),
+}
+
+
+def build(work: Work) -> tuple[BlockMap, list[Walk]]:
+    """The map, and the walks of a forward and a backward."""
+    tile = default_tile(DEVICE, work.S, True)
+    blocks = block_map(work.mask, 1, 1, work.S, work.S, device=DEVICE, tile=tile)
+    q = torch.empty(1, 1, work.S, 128, dtype=torch.bfloat16, device="meta")
+    mods = Mods.of(text_of(blocks.text, SCORE_TEXT), blocks.bindings.ints, blocks.bindings.floats)
+    plan = choose(Problem.of(q, q, q), mods, tile, arch="sm_90", backend="triton")
+    wanted = ((plan.forward, False), (plan.dq, False), (plan.dkdv, True))
+    return blocks, [launch.walk_for(blocks, config, is_kv_row)[0] for config, is_kv_row in wanted]
+
+
+def brute_force(work: Work, tile: tuple[int, int]) -> torch.Tensor:
+    """Kinds from every pair, [1, 1, nQ, nKV]; beyond 65,536 tokens from the torch stages on a CPU."""
+    if work.S > 65536:
+        program = work.mask.trace(None)
+        bindings = Bindings(tuple(x.cpu() for x in program.bindings.captures), program.bindings.ints)
+        mods = Mods.of(text_of(program.mask, SCORE_TEXT), bindings.ints, bindings.floats)
+        return tile_kinds(mods.mask, bindings, Grid(1, 1, work.S, work.S, tile, torch.device("cpu"))).to(DEVICE)
+    idx = torch.arange(work.S, device=DEVICE)
+    zero = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    rows = []
+    for start in range(0, work.S, tile[0]):
+        # [tile_q, nKV, tile_kv]
+        pairs = work.mask(zero, zero, idx[start : start + tile[0], None], idx).unflatten(1, (-1, tile[1]))
+        rows.append(pairs.any(2).any(0).to(torch.int8) + pairs.all(2).all(0).to(torch.int8))
+    return torch.stack(rows)[None, None]
+
+
+def wall_us(make: Callable[[], Any], prepare: Callable[[], Any], repeats: int = 30) -> list[float]:
+    times = []
+    for _ in range(repeats):
+        prepare()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        make()
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) * 1e6)
+    return sorted(times)
+
+
+def graph_us(make: Callable[[], Any], repeats: int = 20) -> list[float]:
+    """Microseconds of one replay of a CUDA graph that holds the call."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        make()
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        make()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3)
+    return sorted(times)
+
+
+def run(work: Work) -> dict:
+    row: dict[str, Any] = {"work": work.name, "impl": "anymask"}
+    start = time.perf_counter()
+    blocks, walks = build(work)
+    torch.cuda.synchronize()
+    row["first_s"] = round(time.perf_counter() - start, 3)
+    if not torch.equal(blocks.to_dense(), brute_force(work, blocks.tile)):
+        return {**row, "failed": "the map differs from brute force"}
+    row["tile"], row["density"] = list(blocks.tile), round(blocks.density(), 5)
+    held = [blocks.kinds, *(tensor for walk in walks for tensor in walk)]
+    row["bytes"] = sum(tensor.numel() * tensor.element_size() for tensor in held)
+    del blocks, walks, held
+    prepare = clear_cache
+    row["peak_extra_mib"] = peak_mib(lambda: (prepare(), build(work)))
+    for name, times in (
+        ("wall_us", wall_us(lambda: build(work), prepare)),
+        ("gpu_us", graph_us(lambda: build(work))),
+    ):
+        row[name], row[f"{name}_spread"] = (
+            round(statistics.median(times), 1),
+            [round(t, 1) for t in (times[0], times[-1])],
+        )
+    if work.is_opaque:
+        words = work.changes.view(torch.int64)
+        row["read_us"] = round(triton.testing.do_bench(lambda: words.sum(), return_mode="median") * 1e3, 1)
+    return row
+
+
+def run_flex(work: Work, lock: Path) -> dict:
+    """create_block_mask, compiled. lock: held while timing, so that processes that compile side by side do not meet."""
+    import fcntl
+
+    row: dict[str, Any] = {"work": work.name, "impl": "flex"}
+    make = torch.compile(create_block_mask)
+
+    def call() -> Any:
+        return make(work.mask.function, None, None, work.S, work.S, device=DEVICE)
+
+    start = time.perf_counter()
+    blocks = call()
+    torch.cuda.synchronize()
+    row["first_s"] = round(time.perf_counter() - start, 3)
+    kinds = brute_force(work, (128, 128))
+    if not torch.equal(blocks.to_dense().bool()[0, 0], kinds[0, 0] > 0):
+        return {**row, "failed": "the map differs from brute force"}
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        row["peak_extra_mib"] = peak_mib(call)
+        times = wall_us(call, lambda: None, 10)
+        row["wall_us"], row["wall_us_spread"] = (
+            round(statistics.median(times), 1),
+            [round(times[0], 1), round(times[-1], 1)],
+        )
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="works whose key matches this regular expression")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "maps.jsonl")
+    parser.add_argument("--flex", help=argparse.SUPPRESS)
+    parser.add_argument("--lock", type=Path, default=Path("/tmp/anymask-maps.lock"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.flex:
+        print(json.dumps(run_flex(WORKS[arguments.flex](), arguments.lock)))
+        return
+    common = environment()
+    keys = [key for key in WORKS if re.search(arguments.only, key)]
+    rows = []
+    for key in keys:
+        try:
+            rows.append(run(WORKS[key]()))
+        except Exception as error:
+            rows.append({"work": key, "impl": "anymask", "failed": reason(error)})
+        print(json.dumps(rows[-1]), flush=True)
+        torch.cuda.empty_cache()
+    processes = {
+        key: subprocess.Popen(
+            [sys.executable, __file__, "--flex", key], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for key in keys
+        if WORKS[key]().has_flex
+    }
+    for key, process in processes.items():
+        out, err = process.communicate()
+        lines = out.splitlines()
+        rows.append(
+            json.loads(lines[-1]) if process.returncode == 0 else {"work": key, "impl": "flex", "failed": err[-400:]}
+        )
+        print(json.dumps(rows[-1]), flush=True)
+    ours = {row["work"]: row for row in rows if row["impl"] == "anymask"}
+    for row in rows:
+        if row["impl"] == "flex" and "wall_us" in row and "wall_us" in ours.get(row["work"], {}):
+            ours[row["work"]]["speed_over_flex"] = round(row["wall_us"] / ours[row["work"]]["wall_us"], 1)
+            print(row["work"], "speed over flex", ours[row["work"]]["speed_over_flex"])
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text("".join(json.dumps({**row, **common}) + "\n" for row in rows))
+    if any("failed" in row for row in rows if row["impl"] == "anymask"):
+        raise SystemExit("rows of AnyMask failed")
+
+
+if __name__ == "__main__":
+    main()
