@@ -9,7 +9,7 @@ JOBS ?= $(if $(HAS_GPU),4,auto)
 # One thread a test process: the processes already fill the cores.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: demo test check bench aot
+.PHONY: demo test check bench aot gallery
 
 # Threads that wait give up their core: on 2 busy cores the training runs 500 -> 4,000 tokens/s.
 demo: $(READY)
@@ -32,6 +32,10 @@ endif
 
 aot: $(READY)
 	$(PY) benchmarks/aot.py
+
+# One thread: what else runs on the machine disturbs the times least.
+gallery: $(READY)
+	OMP_NUM_THREADS=1 $(PY) docs/gallery.py
 
 ifeq ($(HAS_GPU),)
 # torch first and from the CPU index, so that no CUDA package is ever resolved; where that index can't be reached, pip

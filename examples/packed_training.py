@@ -29,8 +29,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from anymask import alibi, attention, block_map, causal, document
-from anymask.draw import picture
+from anymask import alibi, attention, causal, document
 
 IGNORE = -100  # the target of a document's last byte: what follows belongs to another document
 
@@ -306,10 +305,7 @@ def main() -> None:
     print(
         f"1. {len(texts)} Python files, {tokens.numel():,} bytes, packed in {len(tokens)} rows of {sizes.length} tokens"
     )
-    mask = causal() & document(ids[0])
-    shape = (1, 1, sizes.length, sizes.length)
-    kinds = block_map(mask, *shape, device="cpu", tile=128).to_dense()
-    picture(arguments.out / "mask.png", mask.to_dense(*shape)[0, 0], kinds[0, 0], 128)
+    (causal() & document(ids[0])).draw(arguments.out / "mask.png", sizes.length, sizes.length)
     print(f"  the mask of the first row: {arguments.out / 'mask.png'}")
 
     model = ByteModel(sizes).to(device)
