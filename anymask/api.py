@@ -64,7 +64,7 @@ def attention(
     problem = Problem.of(q, k, v)
     if block_map is None:
         program = _trace(mask, score_mod, problem.device)
-        tile = default_tile(problem.device.type, max(problem.Sq, problem.Skv), mask is not None)
+        tile = default_tile(problem.device.type, max(problem.Sq, problem.Skv))
         block_map = _find_map(program, problem.B, problem.Hq, problem.Sq, problem.Skv, tile, problem.device)
     else:
         program = _trace_with(block_map, mask, score_mod, problem)

@@ -117,7 +117,7 @@ def _explain(arguments: argparse.Namespace) -> str:
         for S in (Sq, Skv, Skv)
     )
     device_type = "cpu" if arguments.arch == "cpu" else "cuda"
-    tile = arguments.tile or default_tile(device_type, max(Sq, Skv), has_mask=True)
+    tile = arguments.tile or default_tile(device_type, max(Sq, Skv))
     captures = mask.trace(None).bindings.captures
     device = captures[0].device if captures else "cpu"
     blocks = anymask.block_map(mask, B, H, Sq, Skv, device=device, tile=tile)

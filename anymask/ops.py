@@ -74,7 +74,7 @@ def _block_map(
         from anymask.kernels import launch
 
         classify = launch.classify
-    kinds = build(mods.mask, bindings, B, H, Sq, Skv, device, (tile[0], tile[1]), classify).kinds
+    kinds = build(mods.mask, bindings, B, H, Sq, Skv, device, (tile[0], tile[1]), classify)
     return kinds.expand(*map_heads(text, B, H), -1, -1).contiguous()
 
 

@@ -90,13 +90,13 @@ WORKS: dict[str, Callable[[], Work]] = {
 
 def build(work: Work) -> tuple[BlockMap, list[Walk]]:
     """The map, and the walks of a forward and a backward."""
-    tile = default_tile(DEVICE, work.S, True)
+    tile = default_tile(DEVICE, work.S)
     blocks = block_map(work.mask, 1, 1, work.S, work.S, device=DEVICE, tile=tile)
     q = torch.empty(1, 1, work.S, 128, dtype=torch.bfloat16, device="meta")
     mods = Mods.of(text_of(blocks.text, SCORE_TEXT), blocks.bindings.ints, blocks.bindings.floats)
     plan = choose(Problem.of(q, q, q), mods, tile, arch="sm_90", backend="triton")
-    wanted = ((plan.forward, False), (plan.dq, False), (plan.dkdv, True))
-    return blocks, [launch.walk_for(blocks, config, is_kv_row)[0] for config, is_kv_row in wanted]
+    walks = {id(walk): walk for walk, _ in launch.walks(blocks, plan).values()}
+    return blocks, list(walks.values())
 
 
 def brute_force(work: Work, tile: tuple[int, int]) -> torch.Tensor:

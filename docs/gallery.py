@@ -121,7 +121,7 @@ def seconds(function: Callable[[], Tensor]) -> float:
 
 
 def measure(name: str, mask: Mask, q: Tensor, k: Tensor, v: Tensor) -> Row:
-    blocks = block_map(mask, 1, H, S, S, device=DEVICE, tile=default_tile(DEVICE, S, has_mask=True))
+    blocks = block_map(mask, 1, H, S, S, device=DEVICE, tile=default_tile(DEVICE, S))
     ours = lambda: attention(q, k, v, block_map=blocks)
     dense = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True)
     error = check(name, ours(), mask, q, k, v)
@@ -166,7 +166,7 @@ def page(rows: list[Row]) -> str:
         heads=H,
         head_dim=D,
         dtype=str(DTYPE).removeprefix("torch."),
-        tile=" × ".join(map(str, default_tile(DEVICE, S, has_mask=True))),
+        tile=" × ".join(map(str, default_tile(DEVICE, S))),
         device=device_name(),
         torch=torch.__version__,
         date=time.strftime("%Y-%m-%d"),

@@ -87,7 +87,7 @@ def make(
         dlse=torch.randn(B, Hq, Sq, generator=generator),
         mods=mods,
         bindings=bindings,
-        blocks=build(mods.mask, bindings, B, Hq, Sq, Skv, torch.device("cpu"), tile),
+        blocks=BlockMap(build(mods.mask, bindings, B, Hq, Sq, Skv, torch.device("cpu"), tile), Sq, Skv, tile),
     )
 
 

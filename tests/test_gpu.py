@@ -191,7 +191,7 @@ def test_new_lengths_and_documents_compile_next_to_nothing() -> None:
             attention(q, q, q, mask=causal() & document(ids)).backward(torch.ones_like(q))
     finally:
         knobs.compilation.listener = None
-    assert len(compiled) <= 14, compiled  # seven kernels, with and without ragged tiles
+    assert len(compiled) <= 12, compiled  # six kernels, with and without ragged tiles
 
 
 def test_chosen_tiles_wait_for_nothing() -> None:
@@ -256,7 +256,7 @@ def test_a_forced_config_is_obeyed_or_raises() -> None:
     expected = attention(q, k, v, mask=causal())
     config = {"forward": {"BLOCK_Q": 64, "BLOCK_KV": 32, "num_warps": 4, "num_stages": 2}}
     torch.testing.assert_close(attention(q, k, v, mask=causal(), config=config), expected, rtol=2e-2, atol=2e-2)
-    for wrong in ({"BLOCK_Q": 96}, {"BLOCK_Q": 256}, {"num_stages": 40}, {"BLOCK": 1}):
+    for wrong in ({"BLOCK_Q": 96}, {"BLOCK_Q": 512}, {"num_stages": 40}, {"BLOCK": 1}):
         with pytest.raises(UnsupportedError):
             attention(q, k, v, mask=causal(), config={"forward": wrong})
 

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from anymask.blocks.block_map import PARTIAL, BlockMap
+from anymask.blocks.block_map import PARTIAL
 from anymask.expr.bindings import Bindings
 from anymask.expr.evaluate import evaluate
 from anymask.expr.interval import Grid, Tiles, tile_bounds
-from anymask.expr.ir import Expr, to_text
+from anymask.expr.ir import Expr
 
 UNDECIDED = 3
 STAGES = ("intervals", "2 x 2 points", "8 x 8 points", "all points")
@@ -30,16 +30,15 @@ def build(
     device: torch.device,
     tile: tuple[int, int] = (128, 128),
     classify: Classify | None = None,
-) -> BlockMap:
-    """The block map of a mask, equal to brute force over all pairs.
+) -> Tensor:
+    """Kinds of a mask's tiles, equal to brute force over all pairs: int8 [B|1, H|1, nQ, nKV].
 
-    mask: BOOL.  The map has a batch (head) dimension of 1 if the mask does not depend on b (h). Any size may be 0.
+    mask: BOOL.  There is a batch (head) dimension of 1 if the mask does not depend on b (h). Any size may be 0.
     classify: makes the kinds; tile_kinds, in torch, if None. No memory of Sq x Skv is used in either case.
     """
     depends_on = mask.indices()
     grid = Grid(B if "b" in depends_on else 1, H if "h" in depends_on else 1, Sq, Skv, tile, device)
-    kinds = (classify or tile_kinds)(mask, bindings, grid)
-    return BlockMap(kinds, Sq, Skv, tile, to_text(mask), bindings)
+    return (classify or tile_kinds)(mask, bindings, grid)
 
 
 def tile_kinds(mask: Expr, bindings: Bindings, grid: Grid) -> Tensor:

@@ -15,12 +15,11 @@ class Walk(NamedTuple):
     words  [B, H, rows, 2, W] int64: the masked (0) and the full (1) tiles. Low half: bit i stands for column c + i;
            high half: c, a multiple of 32. Only words with a bit, packed to the front, ascending; what follows them is
            of no meaning.  W: columns / 32, rounded up
-    counts [B, H, rows, 2] int32: how many tiles are masked, how many full
-    order  [B, H, rows] int32: the rows, those with most work first
+    rows   [B, H, rows, 3] int32: how many tiles a row has masked, how many full; and, apart from that, the number of
+           the row that comes i-th by its work, most first
 
     In a masked tile the mask must be applied: in PARTIAL ones, and in FULL ones that hang over the end of the keys.
     """
 
     words: Tensor
-    counts: Tensor
-    order: Tensor
+    rows: Tensor

@@ -15,11 +15,11 @@ from anymask.expr.ir import DType, Expr, Op
 
 @functools.lru_cache(maxsize=4096)
 def emit_bounds(mask: Expr, name: str, wide: frozenset[int] = frozenset(), is_inside: bool = False) -> str:
-    """Source of `name(b, h, q_idx, kv_idx, captures, ints, floats)` -> lo, hi: two int1 tiles.
+    """Source of `name(q_first, q_last, kv_first, kv_last, b, h, q_idx, kv_idx, captures, ints, floats)` -> lo, hi.
 
-    lo: surely true everywhere in a map tile, hi: possibly true somewhere; both broadcast to [RQ, RKV]. In the function
-    q_idx is int32 [RQ, positions of a tile] and kv_idx int32 [RKV, positions], where a position may stand more than
-    once; the rest is as in emit().
+    lo: surely true everywhere in a map tile, hi: possibly true somewhere; two int1 tiles that broadcast to [RQ, RKV].
+    In the function q_idx is int32 [RQ, positions of a tile] and kv_idx int32 [RKV, positions], where a position may
+    stand more than once; q_first, q_last [RQ] and kv_first, kv_last [RKV] are its ends; the rest is as in emit().
     """
     ranges = integer_bounds(mask.walk())
     parts, mixed = _parts(mask, ranges)
@@ -31,14 +31,18 @@ def emit_bounds(mask: Expr, name: str, wide: frozenset[int] = frozenset(), is_in
         lines.append(f"{', '.join(ends[node])} = {bounds}")
 
     for node, value in zip(parts, values, strict=True):
-        assign(node, f"{_OVER[axes(node)]}({value})")
+        assign(node, _ENDS.get(value) or f"{_OVER[axes(node)]}({value})")
     for node in mixed:
         rule = _rule(node, ranges)
         operands = [end for arg in node.args for end in ends[arg]] if rule else []
         assign(node, (rule or ANYTHING[node.dtype]).format(**dict(zip("aAbBcC", operands, strict=False))))
-    return function_text(name, [], [*lines, f"return {', '.join(ends[mask])}"])
+    return function_text(
+        name, ["q_first", "q_last", "kv_first", "kv_last"], [*lines, f"return {', '.join(ends[mask])}"]
+    )
 
 
+# An index itself is not looked at at every position.
+_ENDS = {"q_idx": "q_first[:, None], q_last[:, None]", "kv_idx": "kv_first[None, :], kv_last[None, :]"}
 _OVER = {frozenset(): "of_one", frozenset({"q_idx"}): "over_q", frozenset({"kv_idx"}): "over_kv"}
 
 

@@ -13,6 +13,7 @@ tensor.
 from __future__ import annotations
 
 import enum
+import functools
 import math
 import weakref
 from collections.abc import Iterator
@@ -140,11 +141,7 @@ class Expr:
 
     def indices(self) -> frozenset[str]:
         """Which of b, h, q_idx, kv_idx and score the value depends on."""
-        return frozenset(
-            "score" if node.op is Op.SCORE else str(node.value)
-            for node in self.walk()
-            if node.op in (Op.INDEX, Op.SCORE)
-        )
+        return _indices(self)
 
     def slots(self) -> tuple[int, ...]:
         """Slots of the captured tensors that are read, ascending."""
@@ -152,6 +149,12 @@ class Expr:
 
 
 _INTERNED: weakref.WeakValueDictionary[tuple[object, ...], Expr] = weakref.WeakValueDictionary()
+
+
+@functools.lru_cache(maxsize=4096)
+def _indices(expr: Expr) -> frozenset[str]:
+    found = (node for node in expr.walk() if node.op in (Op.INDEX, Op.SCORE))
+    return frozenset("score" if node.op is Op.SCORE else str(node.value) for node in found)
 
 
 def index(name: str) -> Expr:

@@ -21,19 +21,19 @@ from anymask.expr.ir import Expr
 from anymask.expr.mods import Mods
 from anymask.kernels.configs import Config
 from anymask.kernels.jit import jitted
-from anymask.kernels.plan import Plan, padded
+from anymask.kernels.plan import KERNELS, Plan, padded
 from anymask.kernels.triton_bwd import delta_kernel, dkdv_kernel, dq_kernel
 from anymask.kernels.triton_fwd import forward_kernel
 from anymask.kernels.triton_map import classify_kernel
-from anymask.kernels.triton_walk import order_kernel, pack_kernel
+from anymask.kernels.triton_walk import walk_kernel
 from anymask.problem import dense_like
 
 DELTA_BLOCK = 32
 # Most tiles that one program bounds, of how many positions in all, and pairs that it evaluates at a time where it must;
 # with fewer programs than MAP_PROGRAMS several share such tiles. (8,192 pairs at a time cost 20% more compile time.)
-MAP_ROWS, MAP_COLUMNS, MAP_POSITIONS, MAP_PAIRS, MAP_PROGRAMS = 16, 32, 4096, 4096, 8192
-# Rows and columns that one program packs at a time, rows that one program ranks and how many it compares at a time.
-PACK_ROWS, PACK_COLUMNS, ORDER_ROWS, ORDER_OTHERS = 8, 256, 32, 256
+MAP_ROWS, MAP_COLUMNS, MAP_POSITIONS, MAP_PAIRS, MAP_PROGRAMS = 16, 32, 4096, 4096, 2048
+# Rows and columns that one program packs at a time, and rows that the last one compares at a time.
+WALK_ROWS, WALK_COLUMNS, WALK_OTHERS = 4, 1024, 256
 
 
 def forward(
@@ -50,13 +50,13 @@ def forward(
     if out.shape.numel() == 0 or Skv == 0:
         return out.zero_(), lse.fill_(float("-inf"))
     config = _config(plan.forward)
-    walk, (tile_q, tile_kv) = walk_for(blocks, config, is_kv_row=False)
+    walk, (tile_q, tile_kv) = walks(blocks, plan)["forward"]
     arguments = _bind(bindings)
     mask, score, _ = _functions(mods, arguments.wide, plan.is_ptx, has_gradient=False)
     if score is None and scale <= 0:  # the identity: the kernel's short cut needs scale > 0
         score = _function(mods.score, "score", arguments.wide, plan.is_ptx)
     with _device_of(q):
-        forward_kernel[(B * Hq * walk.order.shape[2] * tile_q // config.BLOCK_Q,)](
+        forward_kernel[(B * Hq * walk.rows.shape[2] * tile_q // config.BLOCK_Q,)](
             q,
             k,
             v,
@@ -117,8 +117,8 @@ def backward(
     mask, score, score_gradient = _functions(mods, arguments.wide, plan.is_ptx, has_gradient=True)
     G = Hq // Hkv
     dkdv, dq_config = _config(plan.dkdv), _config(plan.dq)
-    columns, columns_tile = walk_for(blocks, dkdv, is_kv_row=True)
-    lines, lines_tile = walk_for(blocks, dq_config, is_kv_row=False)
+    of_kernel = walks(blocks, plan)
+    (columns, columns_tile), (lines, lines_tile) = of_kernel["dkdv"], of_kernel["dq"]
     longest = max(columns_tile[0], lines_tile[0])
     padded_Sq = _ceil(Sq, longest) * longest
     rows = torch.empty(B, Hq, padded_Sq, 2, dtype=torch.float32, device=q.device)
@@ -149,7 +149,7 @@ def backward(
             num_warps=4,
             **_addressing(out.stride(), dout.stride()),
         )
-        dkdv_kernel[(B * Hkv * columns.order.shape[2] * columns_tile[1] // dkdv.BLOCK_KV,)](
+        dkdv_kernel[(B * Hkv * columns.rows.shape[2] * columns_tile[1] // dkdv.BLOCK_KV,)](
             q,
             k,
             v,
@@ -179,7 +179,7 @@ def backward(
             num_stages=dkdv.num_stages,
             **shared,
         )
-        dq_kernel[(B * Hq * lines.order.shape[2] * lines_tile[0] // dq_config.BLOCK_Q,)](
+        dq_kernel[(B * Hq * lines.rows.shape[2] * lines_tile[0] // dq_config.BLOCK_Q,)](
             q,
             k,
             v,
@@ -210,45 +210,62 @@ def backward(
     return dq, dk, dv
 
 
-def walk(blocks: BlockMap, tile: tuple[int, int], is_kv_row: bool) -> Walk:
-    """The walk of a map in tiles of `tile`, multiples of the map's; is_kv_row: rows are KV tiles, as dK and dV need."""
+def walks(blocks: BlockMap, plan: Plan) -> dict[str, tuple[Walk, tuple[int, int]]]:
+    """By kernel its walk, made once for a map, and the walk's tile: the bigger of the map's and the kernel's."""
+    shapes = []
+    for kernel in KERNELS:
+        config = _config(getattr(plan, kernel))
+        tile = (max(blocks.tile[0], config.BLOCK_Q), max(blocks.tile[1], config.BLOCK_KV))
+        shapes.append((tile, kernel == "dkdv"))
+    what = ("walks", *shapes, blocks.tile, blocks.Skv)
+    made = cache.find(what, blocks.device, (blocks.kinds,), lambda: make_walks(blocks, *shapes), is_ours=True)
+    return {kernel: (walk, tile) for kernel, walk, (tile, _) in zip(KERNELS, made, shapes, strict=True)}
+
+
+Shape = tuple[tuple[int, int], bool]
+
+
+def make_walks(blocks: BlockMap, *shapes: Shape) -> tuple[Walk, ...]:
+    """Up to three walks of a map, one for each shape; equal shapes share one.
+
+    A shape: its tile, a multiple of the map's, and whether its rows are KV tiles, as dK and dV need.
+    """
     kinds = blocks.kinds
     Bm, Hm, num_q, num_kv = kinds.shape
-    factors = (tile[0] // blocks.tile[0], tile[1] // blocks.tile[1])
-    sizes, strides = (num_q, num_kv), (num_kv, 1)
-    if is_kv_row:
-        sizes, strides, factors = sizes[::-1], strides[::-1], factors[::-1]
-    num_rows, num_columns = (_ceil(size, factor) for size, factor in zip(sizes, factors, strict=True))
-    num_words = max(1, _ceil(num_columns, WORD))
-    shape = (Bm, Hm, num_rows, 2)
-    made = Walk(
-        torch.empty(*shape, num_words, dtype=torch.int64, device=kinds.device),
-        torch.empty(shape, dtype=torch.int32, device=kinds.device),
-        torch.empty(shape[:3], dtype=torch.int32, device=kinds.device),
-    )
-    if made.order.numel() == 0:
-        return made
-    with _device_of(kinds):
-        pack_kernel[(Bm * Hm * _ceil(num_rows, PACK_ROWS),)](
-            kinds,
-            made.words,
-            made.counts,
-            *sizes,
-            num_q * num_kv,
-            *strides,
-            blocks.Skv // tile[1],
-            num_words,
-            ROW_FACTOR=factors[0],
-            COLUMN_FACTOR=factors[1],
-            IS_KV_ROW=is_kv_row,
-            ROWS=PACK_ROWS,
-            COLUMNS=PACK_COLUMNS,
-            num_warps=4,
-        )
-        order_kernel[(Bm * Hm * _ceil(num_rows, ORDER_ROWS),)](
-            made.counts, made.order, num_rows, ROWS=ORDER_ROWS, OTHERS=ORDER_OTHERS, num_warps=4
-        )
-    return made
+    made: dict[Shape, Walk] = {}
+    arguments: list[Any] = []
+    num_programs = 0
+    for shape in shapes:
+        if shape in made:
+            continue
+        (tile_q, tile_kv), is_kv_row = shape
+        q_tiles, kv_tiles = tile_q // blocks.tile[0], tile_kv // blocks.tile[1]
+        num_rows, num_columns = _ceil(num_q, q_tiles), _ceil(num_kv, kv_tiles)
+        if is_kv_row:
+            num_rows, num_columns = num_columns, num_rows
+        words = torch.empty(Bm, Hm, num_rows, 2, _ceil(num_columns, WORD), dtype=torch.int64, device=kinds.device)
+        rows = torch.empty(Bm, Hm, num_rows, 3, dtype=torch.int32, device=kinds.device)
+        made[shape] = Walk(words, rows)
+        arguments += [words, rows, q_tiles, kv_tiles, int(is_kv_row)]
+        num_programs += Bm * Hm * _ceil(num_rows, WALK_ROWS)
+    if num_programs > 0:
+        with _device_of(kinds):
+            walk_kernel[(num_programs,)](
+                kinds,
+                torch.zeros(3, Bm, Hm, dtype=torch.int32, device=kinds.device),
+                Bm * Hm,
+                num_q,
+                num_kv,
+                blocks.tile[1],
+                blocks.Skv,
+                *arguments,
+                *arguments[:5] * (3 - len(made)),  # of no program
+                ROWS=WALK_ROWS,
+                COLUMNS=WALK_COLUMNS,
+                OTHERS=WALK_OTHERS,
+                num_warps=8,
+            )
+    return tuple(made[shape] for shape in shapes)
 
 
 def classify(mask: Expr, bindings: Bindings, grid: Grid) -> Tensor:
@@ -339,14 +356,6 @@ def _map_functions(mask: Expr, wide: frozenset[int]) -> tuple[Any, Any]:
     """The bounds of the mask over map tiles, and the mask itself, both at indices that exist."""
     bounds, function = emit_bounds(mask, "bounds", wide, is_inside=True), emit(mask, "mask", wide, is_inside=True)
     return jitted(bounds, "bounds"), jitted(function, "mask")
-
-
-def walk_for(blocks: BlockMap, config: Config, is_kv_row: bool) -> tuple[Walk, tuple[int, int]]:
-    """The walk of a kernel, made once for a map, and its tile: the bigger of the map's and config's."""
-    tile = (max(blocks.tile[0], config.BLOCK_Q), max(blocks.tile[1], config.BLOCK_KV))
-    what = ("walk", tile, is_kv_row, blocks.Sq, blocks.Skv, blocks.tile)
-    kinds = blocks.kinds
-    return cache.find(what, kinds.device, (kinds,), lambda: walk(blocks, tile, is_kv_row), is_ours=True), tile
 
 
 def _walk_arguments(walk: Walk, num_heads: int, G: int, head_bytes: int, plan: Plan) -> tuple[Any, ...]:

@@ -129,9 +129,14 @@ def work_of(program, num_rows, num_heads, heads_together, TILE: tl.constexpr, BL
 @triton.jit
 def row_of(walk, num_words, row, IS_FULL: tl.constexpr):
     """Where a row's words begin (pointer), and how many tiles they hold: its masked tiles, or its full ones."""
-    words, counts, _ = walk
-    place = row * 2 + IS_FULL
-    return words + place * num_words, tl.load(counts + place)
+    words, rows = walk
+    return words + (row * 2 + IS_FULL) * num_words, tl.load(rows + row * 3 + IS_FULL)
+
+
+@triton.jit
+def ranked_row(walk, first_row, rank):
+    """The row of a map that comes rank-th by its work. first_row: of the map among all."""
+    return tl.load(walk[1] + (first_row + rank) * 3 + 2)
 
 
 @triton.jit

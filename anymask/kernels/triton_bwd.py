@@ -17,6 +17,7 @@ from anymask.kernels.tile import (
     log2_probability,
     map_of,
     next_tile,
+    ranked_row,
     row_of,
     score_gradient,
     store_tile,
@@ -175,7 +176,7 @@ def dkdv_kernel(
     dout_strides,
     dk_strides,
     dv_strides,
-    walk,  # (words, counts, order) of blocks/walk.py
+    walk,  # (words, rows) of blocks/walk.py
     num_words,
     map_strides,  # see map_of
     num_rows,  # see work_of
@@ -211,7 +212,7 @@ def dkdv_kernel(
     head, rank, part = work_of(tl.program_id(0), num_rows, num_heads, heads_together, TILE_KV, BLOCK_KV)
     b = head // Hkv
     h_kv = head % Hkv
-    row = tl.load(walk[2] + map_of(map_strides, b, h_kv * G) * num_rows + rank)
+    row = ranked_row(walk, map_of(map_strides, b, h_kv * G) * num_rows, rank)
     kv_start = row * TILE_KV + part * BLOCK_KV
 
     # [BLOCK_KV, D_PAD] and [BLOCK_KV, DV_PAD]
@@ -387,7 +388,7 @@ def dq_kernel(
     v_strides,
     dout_strides,
     dq_strides,
-    walk,  # (words, counts, order) of blocks/walk.py
+    walk,  # (words, rows) of blocks/walk.py
     num_words,
     map_strides,  # see map_of
     num_rows,  # see work_of
@@ -421,7 +422,7 @@ def dq_kernel(
     b = head // Hq
     h = head % Hq
     first_row = map_of(map_strides, b, h) * num_rows
-    row = tl.load(walk[2] + first_row + rank)
+    row = ranked_row(walk, first_row, rank)
     q_start = row * TILE_Q + part * BLOCK_Q
 
     # [BLOCK_Q, D_PAD] and [BLOCK_Q, DV_PAD]

@@ -13,6 +13,7 @@ from anymask.kernels.tile import (
     load_tile,
     map_of,
     next_tile,
+    ranked_row,
     row_of,
     store_tile,
     tile_at,
@@ -99,7 +100,7 @@ def forward_kernel(
     k_strides,
     v_strides,
     out_strides,
-    walk,  # (words, counts, order) of blocks/walk.py
+    walk,  # (words, rows) of blocks/walk.py
     num_words,
     map_strides,  # see map_of
     num_rows,  # see work_of
@@ -131,7 +132,7 @@ def forward_kernel(
     b = head // Hq
     h = head % Hq
     first_row = map_of(map_strides, b, h) * num_rows
-    row = tl.load(walk[2] + first_row + rank)
+    row = ranked_row(walk, first_row, rank)
     q_start = row * TILE_Q + part * BLOCK_Q
 
     q = load_tile(

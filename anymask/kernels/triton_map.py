@@ -89,21 +89,33 @@ def classify_kernel(
     h = head % Hm
     q_start = block // num_columns % num_rows * ROWS
     kv_start = block % num_columns * COLUMNS
+    # [ROWS] and [COLUMNS]
     row = q_start + tl.arange(0, ROWS)
     column = kv_start + tl.arange(0, COLUMNS)
-
+    q_tile = tl.minimum(row, num_q - 1)
+    kv_tile = tl.minimum(column, num_kv - 1)
+    q_first = positions(q_tile, 0, Sq, TILE_Q, IS_EVEN_Q)
+    q_last = positions(q_tile, TILE_Q - 1, Sq, TILE_Q, IS_EVEN_Q)
+    kv_first = positions(kv_tile, 0, Skv, TILE_KV, IS_EVEN_KV)
+    kv_last = positions(kv_tile, TILE_KV - 1, Skv, TILE_KV, IS_EVEN_KV)
     # [ROWS, PADDED_Q] and [COLUMNS, PADDED_KV]
-    q_step = tl.arange(0, PADDED_Q)[None, :]
-    kv_step = tl.arange(0, PADDED_KV)[None, :]
-    q_idx = positions(tl.minimum(row, num_q - 1)[:, None], q_step, Sq, TILE_Q, IS_EVEN_Q)
-    kv_idx = positions(tl.minimum(column, num_kv - 1)[:, None], kv_step, Skv, TILE_KV, IS_EVEN_KV)
-    lo, hi = BOUNDS(b, h, q_idx, kv_idx, bindings[0], bindings[1], bindings[2])
+    q_idx = positions(q_tile[:, None], tl.arange(0, PADDED_Q)[None, :], Sq, TILE_Q, IS_EVEN_Q)
+    kv_idx = positions(kv_tile[:, None], tl.arange(0, PADDED_KV)[None, :], Skv, TILE_KV, IS_EVEN_KV)
+    lo, hi = BOUNDS(q_first, q_last, kv_first, kv_last, b, h, q_idx, kv_idx, bindings[0], bindings[1], bindings[2])
 
     # [ROWS, COLUMNS] int32; 3 is undecided
     kinds = tl.broadcast_to(3 * hi.to(tl.int32) - lo.to(tl.int32), [ROWS, COLUMNS])
+    exists = (row < num_q)[:, None] & (column < num_kv)[None, :]
+    # the corners of tiles: some visible and some hidden is partial
+    visible = tl.zeros([ROWS, COLUMNS], tl.int32)
+    num_corners = tl.where(tl.max(tl.max((exists & (kinds == 3)).to(tl.int32), 1), 0) != 0, 4, 0)
+    for corner in range(num_corners):
+        q_corner = tl.where(corner % 2 == 0, q_first, q_last)[:, None]
+        kv_corner = tl.where(corner // 2 == 0, kv_first, kv_last)[None, :]
+        visible += MASK(b, h, q_corner, kv_corner, bindings[0], bindings[1], bindings[2]).to(tl.int32)
+    kinds = tl.where((kinds == 3) & (visible > 0) & (visible < num_corners), 1, kinds)
     kinds_pointer += head.to(tl.int64) * num_q * num_kv
     pointers = kinds_pointer + row.to(tl.int64)[:, None] * num_kv + column[None, :]
-    exists = (row < num_q)[:, None] & (column < num_kv)[None, :]
     tl.store(pointers, kinds.to(tl.int8), mask=exists & (kinds != 3))
 
     # [ROWS] int32: one bit a tile
@@ -113,12 +125,12 @@ def classify_kernel(
     for number in range(share, num_open_rows, num_shares):
         word = tl.sum(tl.where(tl.arange(0, ROWS) == number, words, 0))
         while word != 0:
-            kv_tile = tile_at(word, 0) + kv_start
+            open_tile = tile_at(word, 0) + kv_start
             kind = exact_kind(
                 b,
                 h,
                 q_start + number,
-                kv_tile,
+                open_tile,
                 Sq,
                 Skv,
                 bindings,
@@ -130,5 +142,5 @@ def classify_kernel(
                 IS_EVEN_Q,
                 IS_EVEN_KV,
             )
-            tl.store(kinds_pointer + (q_start + number).to(tl.int64) * num_kv + kv_tile, kind)
+            tl.store(kinds_pointer + (q_start + number).to(tl.int64) * num_kv + open_tile, kind)
             word = word & (word - 1)

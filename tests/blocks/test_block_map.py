@@ -8,11 +8,11 @@ import torch
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from anymask.blocks.block_map import EMPTY, FULL, PARTIAL
+from anymask.blocks.block_map import EMPTY, FULL, PARTIAL, BlockMap
 from anymask.blocks.build import STAGES, UNDECIDED, build, interval_kinds, stages, tile_kinds
 from anymask.expr.bindings import Bindings
 from anymask.expr.interval import Grid
-from anymask.expr.ir import FALSE, TRUE, DType, Expr, Op, apply, const, from_text, index
+from anymask.expr.ir import FALSE, TRUE, DType, Expr, Op, apply, const, index, to_text
 from tests.expr.test_interval import bindings, dense, expressions, grids
 
 CPU = torch.device("cpu")
@@ -54,9 +54,9 @@ def test_random_masks_equal_brute_force(data: st.DataObject) -> None:
     claimed = interval_kinds(mask, bound, grid)
     assert torch.equal(torch.where(claimed == UNDECIDED, expected, claimed), expected)
 
-    block_map = build(mask, bound, grid.B, grid.H, grid.Sq, grid.Skv, CPU, grid.tile)
-    assert torch.equal(block_map.to_dense().expand(grid.shape), expected)
-    assert from_text(block_map.text) is mask and block_map.bindings is bound
+    kinds = build(mask, bound, grid.B, grid.H, grid.Sq, grid.Skv, CPU, grid.tile)
+    assert kinds.dtype is torch.int8 and kinds.is_contiguous()
+    assert torch.equal(kinds.expand(grid.shape), expected)
 
 
 WINDOW = apply(Op.LT, apply(Op.SUB, Q, KV), number(20))
@@ -113,14 +113,13 @@ def test_dimensions_follow_the_mask() -> None:
         apply(Op.LT, KV, load(B_IDX, H_IDX)): (2, 2, 2, 2),
     }
     for mask, shape in shapes.items():
-        block_map = build(mask, Bindings((lengths,)), 2, 2, 16, 16, CPU, (8, 8))
-        assert block_map.shape == block_map.to_dense().shape == shape
+        assert build(mask, Bindings((lengths,)), 2, 2, 16, 16, CPU, (8, 8)).shape == shape
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 0, 5), (2, 2, 5, 0), (0, 2, 5, 5), (2, 0, 5, 5), (2, 2, 0, 0)])
 def test_sizes_of_zero(sizes: tuple[int, int, int, int]) -> None:
     mask = apply(Op.LE, apply(Op.ADD, B_IDX, KV), apply(Op.ADD, H_IDX, Q))
-    block_map = build(mask, Bindings(), *sizes, CPU, (4, 4))
+    block_map = BlockMap(build(mask, Bindings(), *sizes, CPU, (4, 4)), *sizes[2:], (4, 4))
     assert block_map.shape == Grid(*sizes, (4, 4), CPU).shape
     assert block_map.density() == 0
     assert "0.0%" in str(block_map)
@@ -135,8 +134,7 @@ def test_kinds_may_come_from_elsewhere() -> None:
         return kinds
 
     mask, bound = both(CAUSAL, apply(Op.EQ, load(B_IDX, Q), load(B_IDX, KV))), Bindings()
-    block_map = build(mask, bound, 2, 3, 60, 64, CPU, (8, 16), classify)
-    assert block_map.kinds is kinds
+    assert build(mask, bound, 2, 3, 60, 64, CPU, (8, 16), classify) is kinds
     assert calls == [(mask, bound, Grid(2, 1, 60, 64, (8, 16), CPU))]
 
 
@@ -177,7 +175,8 @@ def test_memory_does_not_grow_with_the_square() -> None:
 
 def test_to_another_device() -> None:
     bound = Bindings((torch.zeros(16, dtype=torch.int32),), ints=(3,))
-    block_map = build(both(CAUSAL, apply(Op.EQ, load(Q), load(KV))), bound, 1, 1, 16, 16, CPU, (4, 8))
+    mask = both(CAUSAL, apply(Op.EQ, load(Q), load(KV)))
+    block_map = BlockMap(build(mask, bound, 1, 1, 16, 16, CPU, (4, 8)), 16, 16, (4, 8), to_text(mask), bound)
     moved = block_map.to("meta")
     assert {x.device.type for x in (moved.kinds, *moved.bindings.captures)} == {"meta"}
     assert (moved.Sq, moved.Skv, moved.tile) == (16, 16, (4, 8))
@@ -185,7 +184,7 @@ def test_to_another_device() -> None:
 
 
 def test_pictures() -> None:
-    small = build(CAUSAL, Bindings(), 1, 1, 48, 64, CPU, (16, 16))
+    small = BlockMap(build(CAUSAL, Bindings(), 1, 1, 48, 64, CPU, (16, 16)), 48, 64, (16, 16))
     assert str(small).splitlines() == [
         "48 x 64, tiles of 16 x 16, 50.0% visited",
         "▒···",
@@ -194,7 +193,8 @@ def test_pictures() -> None:
         "█ full  ▒ partial  · empty",
     ]
     assert repr(small) == "BlockMap(1 x 1 x 3 x 4 tiles of 16 x 16, cpu)"
-    large = build(apply(Op.LE, KV, apply(Op.ADD, Q, B_IDX)), Bindings(), 2, 1, 8192, 8192, CPU, (64, 64))
+    kinds = build(apply(Op.LE, KV, apply(Op.ADD, Q, B_IDX)), Bindings(), 2, 1, 8192, 8192, CPU, (64, 64))
+    large = BlockMap(kinds, 8192, 8192, (64, 64))
     head, *lines, legend = str(large).splitlines()
     assert "batch 0 of 2" in head and "4 x 2 tiles" in legend
     assert len(lines) == 32 and {len(line) for line in lines} == {64}

@@ -55,7 +55,11 @@ def bounds_kernel(
     line = tl.arange(0, SIDE)
     q_idx = positions(line[:, None], line[None, :], Sq, TILE_Q, False)
     kv_idx = positions(line[:, None], line[None, :], Skv, TILE_KV, False)
-    lo, hi = BOUNDS(b, h, q_idx, kv_idx, bindings[0], bindings[1], bindings[2])
+    q_ends = (positions(line, 0, Sq, TILE_Q, False), positions(line, TILE_Q - 1, Sq, TILE_Q, False))
+    kv_ends = (positions(line, 0, Skv, TILE_KV, False), positions(line, TILE_KV - 1, Skv, TILE_KV, False))
+    lo, hi = BOUNDS(
+        q_ends[0], q_ends[1], kv_ends[0], kv_ends[1], b, h, q_idx, kv_idx, bindings[0], bindings[1], bindings[2]
+    )
     offsets = (b * tl.num_programs(1) + h) * SIDE * SIDE + line[:, None] * SIDE + line[None, :]
     tl.store(lo_pointer + offsets, tl.broadcast_to(lo, [SIDE, SIDE]))
     tl.store(hi_pointer + offsets, tl.broadcast_to(hi, [SIDE, SIDE]))

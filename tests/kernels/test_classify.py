@@ -48,8 +48,8 @@ def test_every_mask(name: str, tile: tuple[int, int]) -> None:
     B, H, Sq, Skv = 2, 2, 40, 52
     program = trace(MASKS[name](Sizes(B, H, Sq, Skv, DEVICE.type)), None, DEVICE)
     mask = Mods.of(text_of(program.mask, program.score), program.bindings.ints, program.bindings.floats).mask
-    kinds = build(mask, program.bindings, B, H, Sq, Skv, DEVICE, tile, launch.classify).kinds
-    assert torch.equal(kinds, build(mask, program.bindings, B, H, Sq, Skv, DEVICE, tile).kinds)
+    kinds = build(mask, program.bindings, B, H, Sq, Skv, DEVICE, tile, launch.classify)
+    assert torch.equal(kinds, build(mask, program.bindings, B, H, Sq, Skv, DEVICE, tile))
 
 
 def fitting(bound: Bindings) -> Bindings:
@@ -100,7 +100,7 @@ def test_programs_share_what_bounds_leave_open(num_programs: int, monkeypatch: p
 @pytest.mark.parametrize("sizes", [(2, 2, 0, 5), (2, 2, 5, 0), (0, 2, 5, 5), (2, 0, 5, 5), (2, 2, 0, 0)])
 def test_sizes_of_zero(sizes: tuple[int, int, int, int]) -> None:
     mask = apply(Op.LE, apply(Op.ADD, B_IDX, KV), apply(Op.ADD, H_IDX, Q))
-    kinds = build(mask, Bindings(), *sizes, DEVICE, (4, 4), launch.classify).kinds
+    kinds = build(mask, Bindings(), *sizes, DEVICE, (4, 4), launch.classify)
     assert kinds.shape == Grid(*sizes, (4, 4), DEVICE).shape and kinds.dtype is torch.int8
 
 
@@ -119,5 +119,5 @@ def test_nothing_waits_for_the_device() -> None:
 
 def test_a_mask_without_indices() -> None:
     for mask, kind in ((TRUE, FULL), (FALSE, EMPTY), (apply(Op.LT, H_IDX, const(1, DType.INT32)), FULL)):
-        kinds = build(mask, Bindings(), 1, 1, 50, 70, DEVICE, (16, 16), launch.classify).kinds
+        kinds = build(mask, Bindings(), 1, 1, 50, 70, DEVICE, (16, 16), launch.classify)
         assert kinds.shape == (1, 1, 4, 5) and bool((kinds == kind).all())

@@ -125,15 +125,14 @@ def test_config_is_obeyed() -> None:
 def test_small_numbers() -> None:
     assert [padded(D) for D in (8, 16, 24, 64, 72, 136, 256)] == [16, 16, 32, 64, 128, 256, 256]
     assert [family_of(arch) for arch in ("sm_89", "gfx90a", "sm_90", "sm_130")] == ["sm_86", "gfx942", "sm_90", "sm_86"]
-    assert default_tile("cpu", 100, True) == (128, 64)
-    lengths = ((65536, True), (65537, True), (524289, True), (100, False))
-    assert [default_tile("cuda", *of) for of in lengths] == [(64, 64), (128, 128), (256, 256), (128, 128)]
+    assert default_tile("cpu", 100) == (128, 64)
+    assert [default_tile("cuda", S) for S in (65536, 65537, 524289)] == [(64, 64), (128, 128), (256, 256)]
 
 
 def test_ragged_masks_have_a_row_of_their_own() -> None:
     ragged, regular = Mods(apply(Op.EQ, *IDS)), Mods(apply(Op.LE, index("kv_idx"), index("q_idx")))
     plans = [choose(problem(128), mods, (64, 64), arch="sm_90") for mods in (ragged, regular, NONE)]
     assert plans[0].dkdv != plans[1].dkdv and plans[1].dkdv == plans[2].dkdv
-    assert [plan.shared_bytes for plan in plans] == [RAGGED_BYTES, REGULAR_BYTES, REGULAR_BYTES]
+    assert [plan.shared_bytes for plan in plans] == [RAGGED_BYTES, REGULAR_BYTES, 0]
     long = Problem(1, 4, 2, 1000, 65536, 128, 128, torch.bfloat16, CPU)
     assert choose(long, ragged, (64, 64), arch="sm_90").dkdv == plans[1].dkdv

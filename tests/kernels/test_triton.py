@@ -50,7 +50,8 @@ def prepare(
     mods = Mods.of(text_of(program.mask, program.score), program.bindings.ints, program.bindings.floats)
     problem = Problem.of(q, k, v)
     sizes = (problem.B, problem.Hq, problem.Sq, problem.Skv)
-    blocks = build(mods.mask, program.bindings, *sizes, q.device, tile)
+    kinds = build(mods.mask, program.bindings, *sizes, q.device, tile)
+    blocks = BlockMap(kinds, problem.Sq, problem.Skv, tile)
     plan = choose(problem, mods, tile, arch=arch_of(q.device), backend="triton", config=config)
     return mods, program.bindings, blocks, plan
 

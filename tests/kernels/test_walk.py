@@ -45,11 +45,16 @@ def check_walk(walk: Walk, masked: torch.Tensor, full: torch.Tensor) -> None:
             for row in range(num_rows):
                 for i, tiles in enumerate((masked, full)):
                     expected = tiles[b, h, row].nonzero().flatten().tolist()
-                    assert int(walk.counts[b, h, row, i]) == len(expected)
+                    assert int(walk.rows[b, h, row, i]) == len(expected)
                     assert listed(walk.words[b, h, row, i], len(expected)) == expected
-            order = walk.order[b, h].tolist()
+            order = walk.rows[b, h, :, 2].tolist()
             work = [4 * int(masked[b, h, row].sum()) + 3 * int(full[b, h, row].sum()) for row in range(num_rows)]
             assert order == sorted(range(num_rows), key=lambda row: (-work[row], row))
+
+
+def one_walk(blocks: BlockMap, tile: tuple[int, int] = (16, 16), is_kv_row: bool = False) -> Walk:
+    (walk,) = launch.make_walks(blocks, (tile, is_kv_row))
+    return walk
 
 
 @hypothesis.settings(max_examples=60, deadline=None)
@@ -64,23 +69,23 @@ def test_random_kinds(data: st.DataObject) -> None:
     factors = (data.draw(st.sampled_from([1, 2, 4])), data.draw(st.sampled_from([1, 2, 8])))
     tile = (16 * factors[0], 16 * factors[1])
     masked, full = coarse(kinds, factors, Skv // tile[1])
-    blocks = BlockMap(kinds, Sq, Skv, (16, 16))
-    check_walk(launch.walk(blocks, tile, is_kv_row=False), masked, full)
-    check_walk(launch.walk(blocks, tile, is_kv_row=True), masked.mT, full.mT)
+    lines, columns = launch.make_walks(BlockMap(kinds, Sq, Skv, (16, 16)), (tile, False), (tile, True))
+    check_walk(lines, masked, full)
+    check_walk(columns, masked.mT, full.mT)
 
 
 def test_more_columns_than_are_packed_at_a_time() -> None:
-    kinds = torch.randint(0, 3, (1, 1, 3, 700), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
-    kinds[0, 0, 1, 100:600] = EMPTY
-    walk = launch.walk(BlockMap(kinds, 48, 700 * 16, (16, 16)), (16, 16), is_kv_row=False)
-    check_walk(walk, *coarse(kinds, (1, 1), 700))
+    kinds = torch.randint(0, 3, (1, 1, 3, 1700), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
+    kinds[0, 0, 1, 100:1600] = EMPTY
+    walk = one_walk(BlockMap(kinds, 48, 1700 * 16, (16, 16)))
+    check_walk(walk, *coarse(kinds, (1, 1), 1700))
 
 
 def test_a_full_tile_over_the_end_of_the_keys_is_masked() -> None:
     blocks = BlockMap(torch.full((1, 1, 3, 3), FULL, dtype=torch.int8), 40, 40, (16, 16))
-    assert launch.walk(blocks, (16, 16), is_kv_row=False).counts[0, 0].tolist() == [[1, 2]] * 3
-    assert launch.walk(blocks, (16, 16), is_kv_row=True).counts[0, 0].tolist() == [[0, 3], [0, 3], [3, 0]]
-    assert launch.walk(blocks, (16, 32), is_kv_row=False).counts[0, 0].tolist() == [[1, 1]] * 3
+    assert one_walk(blocks).rows[0, 0, :, :2].tolist() == [[1, 2]] * 3
+    assert one_walk(blocks, is_kv_row=True).rows[0, 0, :, :2].tolist() == [[0, 3], [0, 3], [3, 0]]
+    assert one_walk(blocks, (16, 32)).rows[0, 0, :, :2].tolist() == [[1, 1]] * 3
 
 
 @triton.jit
@@ -98,10 +103,10 @@ def test_kernels_walk_what_is_listed() -> None:
     kinds[0, 0, 2, 30:130] = EMPTY
     kinds[0, 0, 3] = FULL
     kinds[0, 0, 4] = EMPTY
-    walk = launch.walk(BlockMap(kinds, 80, 3200, (16, 16)), (16, 16), is_kv_row=False)
+    walk = one_walk(BlockMap(kinds, 80, 3200, (16, 16)))
     for row in range(5):
         for is_full in (0, 1):
-            tiles = listed(walk.words[0, 0, row, is_full], int(walk.counts[0, 0, row, is_full]))
+            tiles = listed(walk.words[0, 0, row, is_full], int(walk.rows[0, 0, row, is_full]))
             for num_steps in (1, 2, 4):
                 steps = torch.full((200 * num_steps,), -1, dtype=torch.int32)
                 arguments = (tuple(walk), walk.words.shape[-1], row, steps)
