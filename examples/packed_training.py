@@ -49,7 +49,7 @@ class Sizes:
 
 
 CPU = Sizes(2, 4096, 2, 128, 4, 80, 8192, torch.float32, 1e-4)
-GPU = Sizes(4, 16384, 8, 512, 8, 300, 16384, torch.bfloat16, 2e-2)
+GPU = Sizes(4, 16384, 8, 512, 8, 150, 16384, torch.bfloat16, 2e-2)
 
 
 # ---- 1. real documents, packed

@@ -31,9 +31,9 @@ from anymask.problem import dense_like
 DELTA_BLOCK = 32
 # Most tiles that one program bounds, of how many positions in all, and pairs that it evaluates at a time where it must;
 # with fewer programs than MAP_PROGRAMS several share such tiles. (8,192 pairs at a time cost 20% more compile time.)
-MAP_ROWS, MAP_COLUMNS, MAP_POSITIONS, MAP_PAIRS, MAP_PROGRAMS = 16, 32, 4096, 4096, 2048
+MAP_ROWS, MAP_COLUMNS, MAP_POSITIONS, MAP_PAIRS, MAP_PROGRAMS, MAP_WARPS = 16, 32, 4096, 4096, 2048, 8
 # Rows and columns that one program packs at a time, and rows that the last one compares at a time.
-WALK_ROWS, WALK_COLUMNS, WALK_OTHERS = 4, 1024, 256
+WALK_ROWS, WALK_COLUMNS, WALK_OTHERS, WALK_WARPS = 4, 1024, 256, 8
 
 
 def forward(
@@ -263,7 +263,7 @@ def make_walks(blocks: BlockMap, *shapes: Shape) -> tuple[Walk, ...]:
                 ROWS=WALK_ROWS,
                 COLUMNS=WALK_COLUMNS,
                 OTHERS=WALK_OTHERS,
-                num_warps=8,
+                num_warps=WALK_WARPS,
             )
     return tuple(made[shape] for shape in shapes)
 
@@ -308,7 +308,7 @@ def classify(mask: Expr, bindings: Bindings, grid: Grid) -> Tensor:
             COLUMNS=columns,
             IS_EVEN_Q=tile_q == padded_q and grid.Sq % tile_q == 0,
             IS_EVEN_KV=tile_kv == padded_kv and grid.Skv % tile_kv == 0,
-            num_warps=8,
+            num_warps=MAP_WARPS,
         )
     return kinds
 
