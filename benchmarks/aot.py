@@ -55,7 +55,7 @@ TARGETS = {
 }
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
-KERNELS = ("forward", "delta", "dkdv", "dq", "classify", "walk")
+KERNELS = ("forward", "delta", "dkdv", "dq", "classify", "walk", "order")
 
 
 @dataclass(frozen=True)

@@ -191,7 +191,7 @@ def test_new_lengths_and_documents_compile_next_to_nothing() -> None:
             attention(q, q, q, mask=causal() & document(ids)).backward(torch.ones_like(q))
     finally:
         knobs.compilation.listener = None
-    assert len(compiled) <= 12, compiled  # six kernels, with and without ragged tiles
+    assert len(compiled) <= 14, compiled  # seven kernels, with and without ragged tiles
 
 
 def test_chosen_tiles_wait_for_nothing() -> None:

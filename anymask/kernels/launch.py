@@ -25,15 +25,15 @@ from anymask.kernels.plan import KERNELS, Plan, padded
 from anymask.kernels.triton_bwd import delta_kernel, dkdv_kernel, dq_kernel
 from anymask.kernels.triton_fwd import forward_kernel
 from anymask.kernels.triton_map import classify_kernel
-from anymask.kernels.triton_walk import walk_kernel
+from anymask.kernels.triton_walk import order_kernel, walk_kernel
 from anymask.problem import dense_like
 
 DELTA_BLOCK = 32
 # Most tiles that one program bounds, of how many positions in all, and pairs that it evaluates at a time where it must;
 # with fewer programs than MAP_PROGRAMS several share such tiles. (8,192 pairs at a time cost 20% more compile time.)
-MAP_ROWS, MAP_COLUMNS, MAP_POSITIONS, MAP_PAIRS, MAP_PROGRAMS, MAP_WARPS = 16, 32, 4096, 4096, 2048, 8
-# Rows and columns that one program packs at a time, and rows that the last one compares at a time.
-WALK_ROWS, WALK_COLUMNS, WALK_OTHERS, WALK_WARPS = 4, 1024, 256, 8
+MAP_ROWS, MAP_COLUMNS, MAP_POSITIONS, MAP_PAIRS, MAP_PROGRAMS = 8, 32, 4096, 4096, 4096
+# Rows and columns that one program packs at a time; rows that one program ranks, and that it compares at a time.
+WALK_ROWS, WALK_COLUMNS, ORDER_ROWS, ORDER_OTHERS = 4, 1024, 16, 256
 
 
 def forward(
@@ -234,7 +234,8 @@ def make_walks(blocks: BlockMap, *shapes: Shape) -> tuple[Walk, ...]:
     Bm, Hm, num_q, num_kv = kinds.shape
     made: dict[Shape, Walk] = {}
     arguments: list[Any] = []
-    num_programs = 0
+    all_rows: list[Tensor] = []
+    lengths: list[int] = []
     for shape in shapes:
         if shape in made:
             continue
@@ -247,23 +248,36 @@ def make_walks(blocks: BlockMap, *shapes: Shape) -> tuple[Walk, ...]:
         rows = torch.empty(Bm, Hm, num_rows, 3, dtype=torch.int32, device=kinds.device)
         made[shape] = Walk(words, rows)
         arguments += [words, rows, q_tiles, kv_tiles, int(is_kv_row)]
-        num_programs += Bm * Hm * _ceil(num_rows, WALK_ROWS)
-    if num_programs > 0:
+        all_rows.append(rows)
+        lengths.append(num_rows)
+    if kinds.numel() > 0:
+        unused = 3 - len(made)
+        walkers, rankers = (
+            Bm * Hm * sum(_ceil(length, size) for length in lengths) for size in (WALK_ROWS, ORDER_ROWS)
+        )
         with _device_of(kinds):
-            walk_kernel[(num_programs,)](
+            walk_kernel[(walkers,)](
                 kinds,
-                torch.zeros(3, Bm, Hm, dtype=torch.int32, device=kinds.device),
                 Bm * Hm,
                 num_q,
                 num_kv,
                 blocks.tile[1],
                 blocks.Skv,
                 *arguments,
-                *arguments[:5] * (3 - len(made)),  # of no program
+                *arguments[:5] * unused,  # of no program
                 ROWS=WALK_ROWS,
                 COLUMNS=WALK_COLUMNS,
-                OTHERS=WALK_OTHERS,
-                num_warps=WALK_WARPS,
+                num_warps=8,
+            )
+            order_kernel[(rankers,)](
+                *all_rows,
+                *all_rows[:1] * unused,
+                Bm * Hm,
+                *lengths,
+                *[0] * unused,
+                ROWS=ORDER_ROWS,
+                OTHERS=ORDER_OTHERS,
+                num_warps=4,
             )
     return tuple(made[shape] for shape in shapes)
 
@@ -308,7 +322,7 @@ def classify(mask: Expr, bindings: Bindings, grid: Grid) -> Tensor:
             COLUMNS=columns,
             IS_EVEN_Q=tile_q == padded_q and grid.Sq % tile_q == 0,
             IS_EVEN_KV=tile_kv == padded_kv and grid.Skv % tile_kv == 0,
-            num_warps=MAP_WARPS,
+            num_warps=4,
         )
     return kinds
 

@@ -1,4 +1,4 @@
-"""From the kinds of a block map to the walks of its kernels (blocks/walk.py), in one launch."""
+"""From the kinds of a block map to the walks of its kernels (blocks/walk.py): one launch packs, one orders rows."""
 
 import triton
 import triton.language as tl
@@ -10,7 +10,6 @@ NUMBERS += ["q2", "kv2", "turn2"]
 @triton.jit(do_not_specialize=NUMBERS)
 def walk_kernel(
     kinds,  # [maps, num_q, num_kv] int8, contiguous
-    tickets,  # [3, maps] int32, 0
     num_maps,
     num_q,
     num_kv,
@@ -33,9 +32,8 @@ def walk_kernel(
     turn2,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,  # a multiple of 32
-    OTHERS: tl.constexpr,
 ):
-    """Grid: for each of three walks, for each map, a program for ROWS rows. The last one of a map orders its rows.
+    """Words and counts. Grid: for each of three walks, for each map, a program for ROWS rows.
 
     One body for all walks, with tile sizes as arguments: it compiles once.
     """
@@ -53,11 +51,10 @@ def walk_kernel(
     num_rows, num_columns = walk_sizes(num_q, num_kv, q_tiles, kv_tiles, turn)
     row_blocks = tl.cdiv(num_rows, ROWS)
     map_index = (program // row_blocks).to(tl.int64)
-    rows += map_index * num_rows * 3
     pack_rows(
         kinds + map_index * num_q * num_kv,
         words + map_index * num_rows * 2 * tl.cdiv(num_columns, 32),
-        rows,
+        rows + map_index * num_rows * 3,
         program % row_blocks * ROWS,
         num_rows,
         num_columns,
@@ -70,10 +67,6 @@ def walk_kernel(
         ROWS,
         COLUMNS,
     )
-    tl.debug_barrier()  # all counts are written before the ticket is taken
-    ticket = tl.atomic_add(tickets + number * num_maps + map_index, 1, sem="acq_rel")
-    if ticket == row_blocks - 1:
-        order_rows(rows, num_rows, ROWS, OTHERS)
 
 
 @triton.jit
@@ -149,30 +142,47 @@ def pack_words(tiles, words, num_before, start, is_row, ROWS: tl.constexpr, WORD
     return num_before + tl.sum(is_word, 1)[:, None]
 
 
-@triton.jit
-def order_rows(rows, num_rows, ROWS: tl.constexpr, OTHERS: tl.constexpr):
-    """Write the order of all rows: by work, most first, equals by number. A row's place is how many come before."""
-    for start in range(0, num_rows, ROWS * 8):
-        # [8 * ROWS]
-        row = start + tl.arange(0, ROWS * 8)
-        work = row_work(rows, row, num_rows)
-        rank = tl.zeros([ROWS * 8], tl.int32)
-        for first in range(0, num_rows, OTHERS):
-            other = (first + tl.arange(0, OTHERS))[None, :]
-            # [8 * ROWS, OTHERS]; past the end: work -1, never before
-            others = row_work(rows, other, num_rows)
-            is_before = (others > work[:, None]) | ((others == work[:, None]) & (other < row[:, None]))
-            rank += tl.sum(is_before.to(tl.int32), 1)
-        tl.store(rows + rank * 3 + 2, row, mask=row < num_rows)
+@triton.jit(do_not_specialize=["num_maps", "num_rows0", "num_rows1", "num_rows2"])
+def order_kernel(
+    rows0,  # of each walk: [maps, num_rows, 3] int32; the first two columns are read, the third is written
+    rows1,
+    rows2,
+    num_maps,
+    num_rows0,
+    num_rows1,
+    num_rows2,
+    ROWS: tl.constexpr,
+    OTHERS: tl.constexpr,
+):
+    """The order of the rows: by work, most first, equals by number. A row's place is how many rows come before it.
+
+    Grid: for each of three walks, for each map, a program for ROWS rows, which it compares with OTHERS at a time.
+    """
+    program = tl.program_id(0)
+    programs0 = num_maps * tl.cdiv(num_rows0, ROWS)
+    programs1 = num_maps * tl.cdiv(num_rows1, ROWS)
+    number = (program >= programs0).to(tl.int32) + (program >= programs0 + programs1).to(tl.int32)
+    program -= tl.where(number > 0, programs0, 0) + tl.where(number > 1, programs1, 0)
+    num_rows = tl.where(number == 0, num_rows0, tl.where(number == 1, num_rows1, num_rows2))
+    rows = tl.where(number == 0, rows0, tl.where(number == 1, rows1, rows2))
+    row_blocks = tl.cdiv(num_rows, ROWS)
+    rows += (program // row_blocks).to(tl.int64) * num_rows * 3
+    row = program % row_blocks * ROWS + tl.arange(0, ROWS)
+    work = row_work(rows, row, num_rows)
+    rank = tl.zeros([ROWS], tl.int32)
+    for start in range(0, num_rows, OTHERS):
+        # [1, OTHERS]; past the end: work -1, never before
+        other = (start + tl.arange(0, OTHERS))[None, :]
+        others = row_work(rows, other, num_rows)
+        is_before = (others > work[:, None]) | ((others == work[:, None]) & (other < row[:, None]))
+        rank += tl.sum(is_before.to(tl.int32), 1)
+    tl.store(rows + rank * 3 + 2, row, mask=row < num_rows)
 
 
 @triton.jit
 def row_work(rows, row, num_rows):
-    """A masked tile takes about 1.3 times as long as a full one (H200, D 128). -1 past the end.
-
-    Read from the L2 cache: other programs have written it.
-    """
+    """A masked tile takes about 1.3 times as long as a full one (H200, D 128). -1 past the end."""
     inside = row < num_rows
-    masked = tl.load(rows + row * 3, mask=inside, other=0, cache_modifier=".cg")
-    full = tl.load(rows + row * 3 + 1, mask=inside, other=0, cache_modifier=".cg")
+    masked = tl.load(rows + row * 3, mask=inside, other=0)
+    full = tl.load(rows + row * 3 + 1, mask=inside, other=0)
     return tl.where(inside, masked * 4 + full * 3, -1)
