@@ -54,8 +54,8 @@ def shift_right(x, amount):
 
 @triton.jit
 def integer_power(x, N: tl.constexpr):
-    """x^N, by squaring."""
-    result = tl.full([], 1.0, tl.float32)
+    """x^N, by squaring; in the shape of x also for N = 0."""
+    result = tl.full(x.shape, 1.0, tl.float32)
     square = x
     M: tl.constexpr = N if N >= 0 else -N
     for bit in tl.static_range(7):

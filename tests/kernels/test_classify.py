@@ -12,7 +12,7 @@ from anymask.blocks.block_map import EMPTY, FULL, PARTIAL
 from anymask.blocks.build import build, tile_kinds
 from anymask.expr.bindings import Bindings
 from anymask.expr.interval import Grid
-from anymask.expr.ir import FALSE, TRUE, DType, Expr, Op, apply, const, index
+from anymask.expr.ir import FALSE, TRUE, DType, Expr, Op, apply, cast, const, index
 from anymask.expr.mods import Mods, text_of
 from anymask.expr.trace import trace
 from anymask.kernels import launch
@@ -121,3 +121,10 @@ def test_a_mask_without_indices() -> None:
     for mask, kind in ((TRUE, FULL), (FALSE, EMPTY), (apply(Op.LT, H_IDX, const(1, DType.INT32)), FULL)):
         kinds = build(mask, Bindings(), 1, 1, 50, 70, DEVICE, (16, 16), launch.classify)
         assert kinds.shape == (1, 1, 4, 5) and bool((kinds == kind).all())
+
+
+def test_a_power_of_zero_keeps_the_shape_of_its_index() -> None:
+    power = apply(Op.POW, cast(index("kv_idx"), DType.FLOAT), const(0.0, DType.FLOAT))
+    mask = apply(Op.LT, const(9.0, DType.FLOAT), apply(Op.ADD, power, cast(index("q_idx"), DType.FLOAT)))
+    kinds = launch.classify(mask, Bindings(), Grid(1, 1, 50, 70, (1, 1), DEVICE))
+    assert torch.equal(kinds[0, 0].cpu() == FULL, torch.arange(50)[:, None].expand(50, 70) > 8)
