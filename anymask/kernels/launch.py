@@ -33,7 +33,7 @@ DELTA_BLOCK = 32
 # with fewer programs than MAP_PROGRAMS several share such tiles. (8,192 pairs at a time cost 20% more compile time.)
 MAP_ROWS, MAP_COLUMNS, MAP_POSITIONS, MAP_PAIRS, MAP_PROGRAMS = 8, 32, 4096, 4096, 4096
 # Rows and columns that one program packs at a time; rows that one program ranks, and that it compares at a time.
-WALK_ROWS, WALK_COLUMNS, ORDER_ROWS, ORDER_OTHERS = 4, 1024, 16, 256
+WALK_ROWS, WALK_COLUMNS, ORDER_ROWS, ORDER_OTHERS = 4, 256, 16, 256
 
 
 def forward(
@@ -267,7 +267,7 @@ def make_walks(blocks: BlockMap, *shapes: Shape) -> tuple[Walk, ...]:
                 *arguments[:5] * unused,  # of no program
                 ROWS=WALK_ROWS,
                 COLUMNS=WALK_COLUMNS,
-                num_warps=8,
+                num_warps=4,
             )
             order_kernel[(rankers,)](
                 *all_rows,
@@ -296,19 +296,21 @@ def classify(mask: Expr, bindings: Bindings, grid: Grid) -> Tensor:
     rows = min(MAP_ROWS, max(1, MAP_POSITIONS // 2 // padded_q))
     columns = min(MAP_COLUMNS, max(1, MAP_POSITIONS // padded_kv))
     num_blocks = B * H * _ceil(num_q, rows) * _ceil(num_kv, columns)
-    num_shares = max(1, min(rows, MAP_PROGRAMS // num_blocks))
+    row_shares = max(1, min(rows, MAP_PROGRAMS // num_blocks))
+    column_shares = max(1, min(columns, MAP_PROGRAMS // (num_blocks * row_shares)))
     arguments = _bind(bindings)
     bounds, function = _map_functions(mask, arguments.wide)
     block_kv = min(padded_kv, 128)
     with _device_of(kinds):
-        classify_kernel[(num_blocks * num_shares,)](
+        classify_kernel[(num_blocks * row_shares * column_shares,)](
             kinds,
             H,
             num_q,
             num_kv,
             grid.Sq,
             grid.Skv,
-            num_shares,
+            row_shares,
+            column_shares,
             arguments.values,
             BOUNDS=bounds,
             MASK=function,

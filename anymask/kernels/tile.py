@@ -140,25 +140,28 @@ def ranked_row(walk, first_row, rank):
 
 
 @triton.jit
-def first_tile(words):
-    """The state of a walk at its first tile: bits of a word that are left, tile of its bit 0, place of the word."""
+def first_tile(words, num_words):
+    """The state of a walk at its first tile: the bits of a word that are left, the tile of its bit 0, the place of the
+    word, and the word after it."""
     word = tl.load(words)
-    return word.to(tl.int32), (word >> 32).to(tl.int32), 0
+    return word.to(tl.int32), (word >> 32).to(tl.int32), 0, tl.load(words + tl.minimum(1, num_words - 1))
 
 
 @triton.jit
-def next_tile(words, num_words, bits, first, place, step, STEPS: tl.constexpr):
+def next_tile(words, num_words, bits, first, place, ahead, step, STEPS: tl.constexpr):
     """The state after step `step` of a walk, whose tiles take STEPS steps each: after the last, drop the lowest bit.
 
-    Past the row's end it is of no meaning. A load without a condition: a predicate on it made ptxas serialise the
-    products of dQ (C7515 on sm_90, 64 x 64, D = 128).
+    Past the row's end it is of no meaning. The word after this one is read before it is needed: no step waits for it.
+    And without a condition: a predicate on the load made ptxas serialise the products of dQ (C7515 on sm_90).
     """
     rest = bits & (bits - 1)
     if STEPS > 1:
         rest = tl.where(step % STEPS == STEPS - 1, rest, bits)
-    place = tl.minimum(place + (rest == 0).to(tl.int32), num_words - 1)
-    word = tl.load(words + place)
-    return tl.where(rest == 0, word.to(tl.int32), rest), (word >> 32).to(tl.int32), place
+    is_next = rest == 0
+    bits = tl.where(is_next, ahead.to(tl.int32), rest)
+    first = tl.where(is_next, (ahead >> 32).to(tl.int32), first)
+    place += is_next.to(tl.int32)
+    return bits, first, place, tl.load(words + tl.minimum(place + 1, num_words - 1))
 
 
 @triton.jit

@@ -128,10 +128,10 @@ def dkdv_steps(
     Keys past the end need no test: each fills only its own row, which is not stored.
     """
     STEPS: tl.constexpr = TILE_Q // BLOCK_Q
-    bits, first, place = first_tile(words)
+    bits, first, place, ahead = first_tile(words, num_words)
     for step in tl.range(0, num_tiles * STEPS):
         q_start = tile_at(bits, first) * TILE_Q + step % STEPS * BLOCK_Q
-        bits, first, place = next_tile(words, num_words, bits, first, place, step, STEPS)
+        bits, first, place, ahead = next_tile(words, num_words, bits, first, place, ahead, step, STEPS)
         q = load_tile(q_pointer, q_start, Sq, q_strides, BLOCK_Q, D, D_PAD, ALIGN, WIDE, not IS_EVEN_Q)
         # [BLOCK_Q] f32; +inf and 0 past the end of the queries. One load of pairs: in the layout of a row of S^T every
         # thread copies every fourth pair, and 16 bytes at a time need a quarter of the instructions of 4
@@ -350,10 +350,10 @@ def dq_steps(
     """The masked, or the full, tiles of a row: dq [BLOCK_Q, D_PAD] plus their keys. lse_log2, delta: [BLOCK_Q, 1]."""
     CHECK_KV: tl.constexpr = IS_MASKED and not IS_EVEN_KV
     STEPS: tl.constexpr = TILE_KV // BLOCK_KV
-    bits, first, place = first_tile(words)
+    bits, first, place, ahead = first_tile(words, num_words)
     for step in tl.range(0, num_tiles * STEPS):
         kv_start = tile_at(bits, first) * TILE_KV + step % STEPS * BLOCK_KV
-        bits, first, place = next_tile(words, num_words, bits, first, place, step, STEPS)
+        bits, first, place, ahead = next_tile(words, num_words, bits, first, place, ahead, step, STEPS)
         k = load_tile(k_pointer, kv_start, Skv, k_strides, BLOCK_KV, D, D_PAD, ALIGN, WIDE, CHECK_KV)
         v = load_tile(v_pointer, kv_start, Skv, v_strides, BLOCK_KV, DV, DV_PAD, ALIGN, WIDE, CHECK_KV)
         # S = Q K^T    [BLOCK_Q, BLOCK_KV] f32

@@ -57,10 +57,10 @@ def softmax_steps(
     """The masked, or the full, tiles of a row: acc [BLOCK_Q, DV_PAD], row_max (base 2) and row_sum plus their keys."""
     CHECK_KV: tl.constexpr = IS_MASKED and not IS_EVEN_KV
     STEPS: tl.constexpr = TILE_KV // BLOCK_KV
-    bits, first, place = first_tile(words)
+    bits, first, place, ahead = first_tile(words, num_words)
     for step in tl.range(0, num_tiles * STEPS):
         kv_start = tile_at(bits, first) * TILE_KV + step % STEPS * BLOCK_KV
-        bits, first, place = next_tile(words, num_words, bits, first, place, step, STEPS)
+        bits, first, place, ahead = next_tile(words, num_words, bits, first, place, ahead, step, STEPS)
         k = load_tile(k_pointer, kv_start, Skv, k_strides, BLOCK_KV, D, D_PAD, ALIGN, WIDE, CHECK_KV)
         # S = Q K^T    [BLOCK_Q, BLOCK_KV] f32
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)

@@ -52,7 +52,7 @@ def exact_kind(
     return (visible > 0).to(tl.int8) + (visible == step * SIZE).to(tl.int8)
 
 
-@triton.jit(do_not_specialize=["Hm", "num_q", "num_kv", "Sq", "Skv", "num_shares"])
+@triton.jit(do_not_specialize=["Hm", "num_q", "num_kv", "Sq", "Skv", "row_shares", "column_shares"])
 def classify_kernel(
     kinds_pointer,  # [Bm, Hm, num_q, num_kv] int8, contiguous
     Hm,
@@ -60,7 +60,8 @@ def classify_kernel(
     num_kv,
     Sq,
     Skv,
-    num_shares,
+    row_shares,
+    column_shares,
     bindings,
     BOUNDS: tl.constexpr,
     MASK: tl.constexpr,
@@ -77,11 +78,12 @@ def classify_kernel(
 ):
     """ROWS x COLUMNS tiles, COLUMNS <= 32: 0 where the mask hides all pairs of a tile, 2 where it shows all, else 1.
 
-    num_shares programs find the same bounds and share the rows of tiles that these leave open.
+    row_shares * column_shares programs find the same bounds and share the tiles that these leave open.
     """
     program = tl.program_id(0)
-    share = program % num_shares
-    block = program // num_shares
+    row_share = program % row_shares
+    column_share = program // row_shares % column_shares
+    block = program // row_shares // column_shares
     num_columns = tl.cdiv(num_kv, COLUMNS)
     num_rows = tl.cdiv(num_q, ROWS)
     head = block // num_columns // num_rows
@@ -118,11 +120,11 @@ def classify_kernel(
     pointers = kinds_pointer + row.to(tl.int64)[:, None] * num_kv + column[None, :]
     tl.store(pointers, kinds.to(tl.int8), mask=exists & (kinds != 3))
 
-    # [ROWS] int32: one bit a tile
-    is_open = exists & (kinds == 3)
+    # [ROWS] int32: one bit a tile of this program's share
+    is_open = exists & (kinds == 3) & (tl.arange(0, COLUMNS)[None, :] % column_shares == column_share)
     words = tl.sum(tl.where(is_open, 1 << tl.arange(0, COLUMNS)[None, :], 0), 1)
     num_open_rows = tl.where(tl.max((words != 0).to(tl.int32)) != 0, ROWS, 0)
-    for number in range(share, num_open_rows, num_shares):
+    for number in range(row_share, num_open_rows, row_shares):
         word = tl.sum(tl.where(tl.arange(0, ROWS) == number, words, 0))
         while word != 0:
             open_tile = tile_at(word, 0) + kv_start

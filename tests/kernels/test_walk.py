@@ -92,10 +92,10 @@ def test_a_full_tile_over_the_end_of_the_keys_is_masked() -> None:
 def record_kernel(walk, num_words, row, steps_pointer, STEPS: tl.constexpr, IS_FULL: tl.constexpr):
     """The first index of each step of a row, in tiles of 10 * STEPS and steps of 10, as the kernels compute it."""
     words, num_tiles = row_of(walk, num_words, row, IS_FULL)
-    bits, first, place = first_tile(words)
+    bits, first, place, ahead = first_tile(words, num_words)
     for step in range(num_tiles * STEPS):
         tl.store(steps_pointer + step, tile_at(bits, first) * 10 * STEPS + step % STEPS * 10)
-        bits, first, place = next_tile(words, num_words, bits, first, place, step, STEPS)
+        bits, first, place, ahead = next_tile(words, num_words, bits, first, place, ahead, step, STEPS)
 
 
 def test_kernels_walk_what_is_listed() -> None:
