@@ -28,6 +28,7 @@ bench: $(READY)
 	$(PY) benchmarks/cpu.py
 ifneq ($(HAS_GPU),)
 	$(PY) benchmarks/gpu.py
+	$(PY) benchmarks/maps.py
 endif
 
 aot: $(READY)

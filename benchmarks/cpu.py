@@ -160,6 +160,7 @@ class BlockMaps:
     work: str
     S: int
     repeats: int = 3
+    has_peer: bool = True  # create_block_mask holds S x S elements
 
     def providers(self, S: int) -> dict[str, Callable[[Tensor], Any]]:
         def ours(ids: Tensor) -> Any:
@@ -171,7 +172,7 @@ class BlockMaps:
 
             return create_block_mask(mask, None, None, S, S, device="cpu", BLOCK_SIZE=MAP_TILE)
 
-        return {"anymask": ours, "create_block_mask": flex}
+        return {"anymask": ours} | ({"create_block_mask": flex} if self.has_peer else {})
 
     def exact(self) -> Tensor:
         """Kinds of the tiles by brute force: [nQ, nKV], 0 empty, 1 partial, 2 full."""
@@ -227,6 +228,7 @@ CASES: tuple[Attention | BlockMaps, ...] = (
         lambda S: lambda q_idx, kv_idx: is_causal(q_idx, kv_idx) & (q_idx - kv_idx < 512),
     ),
     BlockMaps("block_map_16384", 16384),
+    BlockMaps("block_map_65536", 65536, repeats=9, has_peer=False),
 )
 
 

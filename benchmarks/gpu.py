@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from anymask import alibi, attention, block_map, causal, document, from_function, sliding_window, softcap
+from anymask import alibi, attention, causal, document, from_function, sliding_window, softcap
 
 DEVICE, DTYPE = "cuda", torch.bfloat16
 # Largest error, in errors of plain torch in the same dtype: over a whole tensor, and over 128 rows of it, where plain
@@ -394,49 +394,6 @@ def run_case(case: Case) -> list[dict]:
     return list(rows.values())
 
 
-def brute_force_kinds(case: Case, tile: int) -> torch.Tensor:
-    """[S / tile, S / tile] int8: 0 empty, 1 partial, 2 full, by looking at every pair."""
-    kv_idx = torch.arange(case.S, device=DEVICE)
-    rows = []
-    for start in range(0, case.S, tile):
-        # [num_kv, tile, tile]
-        pairs = case.visible(0, 0, kv_idx[start : start + tile, None], kv_idx).view(tile, -1, tile).transpose(0, 1)
-        rows.append(pairs.flatten(1).any(1).to(torch.int8) + pairs.flatten(1).all(1).to(torch.int8))
-    return torch.stack(rows)
-
-
-def maps() -> list[dict]:
-    """What a mask costs before the first attention call: documents + causal, tiles of 128."""
-    rows = []
-    for S in (16384, 65536):
-        case = documents_case(S)
-        doc = document_ids(document_lengths(S))
-
-        def ours(doc=doc, S=S):
-            doc.add_(0)  # a captured tensor that was written to: no cached map is served
-            return block_map(causal() & document(doc), 1, 1, S, S, device=DEVICE, tile=128)
-
-        def flex(case=case, S=S):
-            return create_block_mask(case.visible, None, None, S, S, device=DEVICE)
-
-        kinds = brute_force_kinds(case, 128)
-        # FlexAttention's dense form says visited or not
-        for impl, make, wanted in (("flex", flex, (kinds > 0).int()), ("anymask", ours, kinds.int())):
-            row = {"work": f"map_of_{case.work}", "impl": impl}
-            try:
-                blocks, row["first_s"] = timed(make)
-                if not torch.equal(blocks.to_dense()[0, 0].int(), wanted):
-                    raise Wrong("the map differs from brute force")
-                del blocks
-                row["peak_extra_mib"] = peak_mib(make)
-                row["ms"], row["spread_ms"] = medians({impl: make})[impl]
-            except Exception as error:
-                row["failed"] = reason(error)
-            rows.append(row)
-            torch.cuda.empty_cache()
-    return rows
-
-
 def first_call() -> list[dict]:
     """First call of a mask no cache knows, and the same in a second process, which finds the first one's files."""
     rows = []
@@ -520,7 +477,7 @@ HEADER = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    groups = [*CASES, "maps", "first_call"]
+    groups = [*CASES, "first_call"]
     parser.add_argument("groups", nargs="*", metavar="group", help=f"which works: {', '.join(groups)}; all by default")
     parser.add_argument("--only", default="", help="works whose name matches this regular expression")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "gpu.jsonl")
@@ -552,7 +509,7 @@ def main() -> None:
                     if re.search(arguments.only, case.work):
                         keep(run_case(case))
             else:
-                keep({"maps": maps, "first_call": first_call}[group]())
+                keep(first_call())
     print(f"\n{HEADER}")
     for row in rows:
         print(line_of(row))

@@ -10,7 +10,7 @@ bf16). `flex`: FlexAttention's create_block_mask, compiled, in a process of its 
 | `gpu_us` | a CUDA graph of the whole build, replayed: GPU time with the gaps between launches |
 | `wall_us` | from the call to the end of the GPU's work, no CUDA graph, nothing kept from before |
 | `bytes` | what the map and its walks hold; `peak_extra_mib`: the most that was held while building |
-| `read_us` | one read of all captured tensors at the measured bandwidth (opaque masks) |
+| `read_us` | one read of the mask's tensor by torch.sum, where the mask is one |
 """
 
 from __future__ import annotations
@@ -49,19 +49,18 @@ DEVICE = "cuda"
 
 @dataclass(frozen=True)
 class Work:
-    """A mask over S x S. changes: a captured tensor; writing to it forces a new map. has_flex: the peer is measured."""
+    """A mask over S x S. reads: a tensor that any exact map must read whole. has_flex: the peer is measured."""
 
     name: str
     S: int
     mask: Mask
-    changes: torch.Tensor | None = None
+    reads: torch.Tensor | None = None
     has_flex: bool = False
-    is_opaque: bool = False
 
 
 def documents(S: int) -> Work:
     ids = document_ids(document_lengths(S)).int()
-    return Work(f"documents_causal_S{S}", S, causal() & document(ids), ids)
+    return Work(f"documents_causal_S{S}", S, causal() & document(ids))
 
 
 def random_tree(num_nodes: int) -> Work:
@@ -75,7 +74,7 @@ def opaque(S: int) -> Work:
     tensor = torch.rand(S, S, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(0)) < 0.5
     tensor[: S // 2, : S // 4] = False
     tensor[S // 2 :, : S // 4] = True
-    return Work(f"opaque_S{S}", S, mask_from(tensor), tensor, is_opaque=True)
+    return Work(f"opaque_S{S}", S, mask_from(tensor), tensor)
 
 
 WORKS: dict[str, Callable[[], Work]] = {
@@ -161,7 +160,8 @@ def run(work: Work) -> dict:
     row["bytes"] = sum(tensor.numel() * tensor.element_size() for tensor in held)
     del blocks, walks, held
     prepare = clear_cache
-    row["peak_extra_mib"] = peak_mib(lambda: (prepare(), build(work)))
+    prepare()
+    row["peak_extra_mib"] = peak_mib(lambda: build(work))
     for name, times in (
         ("wall_us", wall_us(lambda: build(work), prepare)),
         ("gpu_us", graph_us(lambda: build(work))),
@@ -170,8 +170,8 @@ def run(work: Work) -> dict:
             round(statistics.median(times), 1),
             [round(t, 1) for t in (times[0], times[-1])],
         )
-    if work.is_opaque:
-        words = work.changes.view(torch.int64)
+    if work.reads is not None:
+        words = work.reads.view(torch.int64)
         row["read_us"] = round(triton.testing.do_bench(lambda: words.sum(), return_mode="median") * 1e3, 1)
     return row
 
