@@ -46,6 +46,9 @@ from anymask import (
     sparse_strided,
     tree,
 )
+from anymask.blocks.build import stages
+from anymask.expr.interval import Grid
+from anymask.expr.mods import Mods, text_of
 
 Q, K = torch.arange(7)[:, None], torch.arange(9)[None, :]
 IDS = torch.tensor([[0, 0, 2, 2, 1, 1, -1, -1, 0], [5, 5, 5, 5, 5, 5, 5, 5, 5]])
@@ -548,3 +551,39 @@ def test_masks_are_made_inside_a_compiled_region() -> None:
     q, compiled = torch.randn(1, 1, 15, 16), torch.compile(layer, fullgraph=True)
     for width in (2, 3):
         torch.testing.assert_close(compiled(q, ids, parents, width), layer(q, ids, parents, width))
+
+
+LONG_IDS = torch.repeat_interleave(
+    torch.arange(12), torch.tensor([60, 500, 1, 31, 300, 256, 64, 65, 63, 400, 200, 108])
+)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        causal(),
+        causal(-77),
+        sliding_window(700, 3),
+        document(LONG_IDS),
+        causal() & document(LONG_IDS),
+        ~(causal() & document(LONG_IDS)),
+        prefix_lm(333),
+        chunked(100) & causal(),
+        chunked(512) | sliding_window(100, 100),
+        block_diffusion(1024, 32),
+        block_diffusion(1020, 24),
+        neighbourhood((2048,), 101),
+        neighbourhood((32, 64), 13),
+        neighbourhood((20, 100), 13),
+        neighbourhood((32, 64), 7, dilation=3),
+        neighbourhood((8, 16, 16), 5),
+        neighbourhood((10, 10, 20), 5),
+    ],
+    ids=str,
+)
+def test_only_mixed_tiles_are_evaluated_pair_by_pair(mask: Mask) -> None:
+    program = mask.trace(None)
+    mods = Mods.of(text_of(program.mask, program.score), program.bindings.ints, program.bindings.floats)
+    for tile in ((64, 64), (128, 64)):
+        counts = stages(mods.mask, program.bindings, Grid(1, 1, 2048, 2048, tile, torch.device("cpu")))
+        assert counts["all points"] == counts["mixed"], counts

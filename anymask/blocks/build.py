@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from anymask.blocks.block_map import PARTIAL
+from anymask.blocks.block_map import EMPTY, FULL, PARTIAL
 from anymask.expr.bindings import Bindings
 from anymask.expr.evaluate import evaluate
-from anymask.expr.interval import Grid, Tiles, tile_bounds
+from anymask.expr.interval import Grid, Tiles, bounds_over, tile_bounds
 from anymask.expr.ir import Expr
 
 UNDECIDED = 3
-STAGES = ("intervals", "2 x 2 points", "8 x 8 points", "all points")
+STAGES = ("intervals", "2 x 2 points", "8 x 8 points", "4 x 4 boxes", "all points")
 
 # The kinds of a grid's tiles: EMPTY, PARTIAL or FULL, int8 [B, H, nQ, nKV], contiguous.
 Classify = Callable[[Expr, Bindings, Grid], Tensor]
@@ -66,20 +67,40 @@ def interval_kinds(mask: Expr, bindings: Bindings, grid: Grid) -> Tensor:
     return (hi.to(torch.int8) * UNDECIDED - lo.to(torch.int8)).expand(grid.shape).contiguous()
 
 
-_CHUNK = 1 << 20  # elements evaluated at a time
+_CHUNK = 1 << 20  # elements, or boxes, evaluated at a time
+_BOX = 4  # positions of a box along each axis
 
 
 def _stages(mask: Expr, bindings: Bindings, grid: Grid) -> Iterator[tuple[str, Tensor]]:
-    """The kinds after each stage, each in place of the last: by bounds, then by ever more points of undecided tiles."""
+    """The kinds after each stage, each in place of the last: by bounds, then by a closer look at undecided tiles."""
     kinds = interval_kinds(mask, bindings, grid)
     yield STAGES[0], kinds
-    for stage, points in zip(STAGES[1:], (2, 8, max(grid.tile)), strict=True):
+    pairs = grid.tile[0] * grid.tile[1]
+    for stage, look, size in (
+        (STAGES[1], functools.partial(_seen_kinds, points=2), 4),
+        (STAGES[2], functools.partial(_seen_kinds, points=8), 64),
+        (STAGES[3], _box_kinds, pairs // 16 + 1),
+        (STAGES[4], functools.partial(_seen_kinds, points=max(grid.tile)), pairs),
+    ):
         tiles = Tiles(*(kinds == UNDECIDED).nonzero(as_tuple=True))
         if tiles.b.numel() == 0:
             return
-        for chunk in zip(*(index.split(max(_CHUNK // points**2, 1)) for index in tiles), strict=True):
-            kinds[chunk] = _seen_kinds(mask, bindings, grid, Tiles(*chunk), points)
+        for chunk in zip(*(index.split(max(_CHUNK // size, 1)) for index in tiles), strict=True):
+            kinds[chunk] = look(mask, bindings, grid, Tiles(*chunk))
         yield stage, kinds
+
+
+def _box_kinds(mask: Expr, bindings: Bindings, grid: Grid, tiles: Tiles) -> Tensor:
+    """Kinds of tiles [N] from the bounds of their boxes: int8, UNDECIDED where these do not tell.
+
+    Sharper than the tile's own bounds where a row of an image, or a block, ends inside the tile.
+    """
+    lo, hi = (x.flatten(-2) for x in bounds_over(mask, bindings, grid.boxes(tiles, _BOX), grid.device))
+    some, every = lo.any(-1), lo.all(-1)
+    hidden = ~hi
+    kinds = torch.where(every, FULL, torch.where(hidden.all(-1), EMPTY, UNDECIDED))
+    kinds = torch.where(some & hidden.any(-1), PARTIAL, kinds)
+    return kinds.to(torch.int8).reshape(-1).expand(tiles.b.shape)
 
 
 def _seen_kinds(mask: Expr, bindings: Bindings, grid: Grid, tiles: Tiles, points: int) -> Tensor:

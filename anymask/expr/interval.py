@@ -87,6 +87,19 @@ class Grid:
             "kv_idx": _positions(tiles.kv_block, self.tile[1], self.Skv, num_kv)[..., None, :],
         }
 
+    def boxes(self, tiles: Tiles, size: int) -> Indices:
+        """The indices in each size x size box of each tile, for tiles of shape [N].
+
+        q_idx: [N, boxes, 1, size, 1], kv_idx: [N, 1, boxes, 1, size], b and h: [N, 1, 1, 1, 1]. Boxes that hang over
+        the end of the tile, or of the sequence, repeat its last position.
+        """
+        q_idx, kv_idx = (
+            _box_positions(block, tile, length, size)
+            for block, tile, length in zip(tiles[2:], self.tile, (self.Sq, self.Skv), strict=True)
+        )
+        b, h = (index[:, None, None, None, None] for index in tiles[:2])
+        return {"b": b, "h": h, "q_idx": q_idx[:, :, None, :, None], "kv_idx": kv_idx[:, None, :, None, :]}
+
 
 def _positions(block: Tensor, tile: int, length: int, num: int) -> Tensor:
     step = torch.arange(num, device=block.device)
@@ -97,8 +110,22 @@ def _positions(block: Tensor, tile: int, length: int, num: int) -> Tensor:
     return start + step * last // max(num - 1, 1)
 
 
+def _box_positions(block: Tensor, tile: int, length: int, size: int) -> Tensor:
+    """[N, boxes, size]"""
+    step = torch.arange(-(-tile // size) * size, device=block.device).clamp(max=tile - 1).view(-1, size)
+    return (block[:, None, None] * tile + step).clamp(max=length - 1)
+
+
 def tile_bounds(expr: Expr, bindings: Bindings, grid: Grid) -> Bounds:
     """Bounds of expr over each tile of the grid."""
+    return bounds_over(expr, bindings, grid.points(grid.tiles(), *grid.tile), grid.device)
+
+
+def bounds_over(expr: Expr, bindings: Bindings, points: Indices, device: torch.device) -> Bounds:
+    """Bounds of expr over sets of positions: the last two dimensions of q_idx [..., n, 1] and kv_idx [..., 1, m].
+
+    The result has four dimensions, of length 1 in front where the indices have fewer.
+    """
     axes: dict[Expr, frozenset[str]] = {}
     for node in expr.walk():
         own = {str(node.value)} if node.op is Op.INDEX else {"score"} if node.op is Op.SCORE else set()
@@ -107,11 +134,10 @@ def tile_bounds(expr: Expr, bindings: Bindings, grid: Grid) -> Bounds:
     def is_mixed(node: Expr) -> bool:
         return len(axes[node]) > 1 or "score" in axes[node]
 
-    points = grid.points(grid.tiles(), *grid.tile)
     bounds: dict[Expr, Bounds] = {}
     for node in filter(is_mixed, expr.walk()):
         if node.op in UNBOUNDED:
-            bounds[node] = _anything(node.dtype, grid.device)
+            bounds[node] = _anything(node.dtype, device)
             continue
         for arg in node.args:
             if arg not in bounds:
