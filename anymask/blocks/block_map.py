@@ -200,11 +200,11 @@ class BlockMap:
         bindings = replace(self.bindings, captures=captures)
         return replace(self, kinds=self.kinds.to(device), bindings=bindings, built_from=None)
 
-    def draw(self, path_or_ax: str | PathLike[str] | Any) -> None:
-        """A picture of the tiles: see anymask.draw."""
+    def draw(self, path_or_ax: str | PathLike[str] | Any, *, b: int = 0, h: int = 0) -> None:
+        """A picture of batch b, head h, each pair in its tile, as PNG, SVG or on Axes: see anymask.draw.draw_map."""
         from anymask.draw import draw_map
 
-        draw_map(path_or_ax, self)
+        draw_map(path_or_ax, self, b=b, h=h)
 
     def __repr__(self) -> str:
         B, H, nQ, nKV = self.shape
