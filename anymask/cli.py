@@ -233,7 +233,7 @@ def _walk_bytes(blocks: BlockMap, plan: Plan) -> dict[str, tuple[tuple[Any, ...]
         num_rows, num_columns = -(-blocks.Sq // tile[0]), -(-blocks.Skv // tile[1])
         if is_kv_row:
             num_rows, num_columns = num_columns, num_rows
-        # words, counts and order of Walk
+        # words and rows of Walk
         of_row = 2 * 8 * -(-num_columns // WORD) + 2 * 4 + 4
         walks[kernel] = (tile, is_kv_row), blocks.shape[0] * blocks.shape[1] * num_rows * of_row
     return walks
@@ -243,9 +243,7 @@ def _functions(mods: Mods, blocks: BlockMap, plan: Plan) -> dict[str, str]:
     """The texts that launch.py makes kernels' functions from: hide for attention, bounds and mask for the map."""
     if plan.backend != "triton":
         return {}
-    captures = blocks.bindings.captures
-    reach = [sum(size * stride for size, stride in zip(x.shape, x.stride(), strict=True)) for x in captures]
-    wide = frozenset(slot for slot, elements in enumerate(reach) if elements >= 1 << 31)
+    wide = blocks.bindings.wide_slots()
     return {
         "hide": emit_hide(mods.mask, "hide", wide, plan.is_ptx),
         "bounds": emit_bounds(mods.mask, "bounds", wide, is_inside=True),

@@ -18,3 +18,11 @@ class Bindings:
     captures: tuple[torch.Tensor, ...] = ()
     ints: tuple[int, ...] = ()
     floats: tuple[float, ...] = ()
+
+    def wide_slots(self) -> frozenset[int]:
+        """Slots of captured tensors that reach 2^31 elements: offsets into them take 64 bits."""
+        return frozenset(
+            slot
+            for slot, x in enumerate(self.captures)
+            if sum(size * stride for size, stride in zip(x.shape, x.stride(), strict=True)) >= 1 << 31
+        )

@@ -330,20 +330,16 @@ def classify(mask: Expr, bindings: Bindings, grid: Grid) -> Tensor:
 
 
 class _Arguments:
-    """Bindings as kernels take them. wide: slots of captured tensors that reach 2^31 elements."""
+    """Bindings as kernels take them. wide: slots whose offsets take 64 bits."""
 
     def __init__(self, bindings: Bindings) -> None:
         captures = []
-        wide = []
-        for slot, tensor in enumerate(bindings.captures):
+        for tensor in bindings.captures:
             if tensor.dtype == torch.float64:
                 tensor = tensor.float()  # read as float32 anyway, and in half the shared memory
-            sizes, strides = tensor.shape, tensor.stride()
-            captures.append((tensor, tuple(odd(size) for size in sizes), strides))
-            if sum(size * stride for size, stride in zip(sizes, strides, strict=True)) >= 1 << 31:
-                wide.append(slot)
+            captures.append((tensor, tuple(odd(size) for size in tensor.shape), tensor.stride()))
         self.values = (tuple(captures), tuple(odd(n) for n in bindings.ints), bindings.floats)
-        self.wide = frozenset(wide)
+        self.wide = bindings.wide_slots()
 
 
 _bind = _Arguments
