@@ -406,6 +406,11 @@ def _power_of_two(x: int) -> int:
     return 1 << (x - 1).bit_length()
 
 
+_NOTHING = contextlib.nullcontext()
+
+
 def _device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device: make it the tensors'."""
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
+    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(x.device)
