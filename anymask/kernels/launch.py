@@ -210,26 +210,30 @@ def backward(
     return dq, dk, dv
 
 
+# A walk's tile, a multiple of the map's, and whether its rows are KV tiles, as dK and dV need.
+Shape = tuple[tuple[int, int], bool]
+
+
 def walks(blocks: BlockMap, plan: Plan) -> dict[str, tuple[Walk, tuple[int, int]]]:
     """By kernel its walk, made once for a map, and the walk's tile: the bigger of the map's and the kernel's."""
-    shapes = []
-    for kernel in KERNELS:
-        config = _config(getattr(plan, kernel))
-        tile = (max(blocks.tile[0], config.BLOCK_Q), max(blocks.tile[1], config.BLOCK_KV))
-        shapes.append((tile, kernel == "dkdv"))
-    what = ("walks", *shapes, blocks.tile, blocks.Skv)
+    shapes = _shapes(plan, blocks.tile)
+    what = ("walks", shapes, blocks.tile, blocks.Skv)
     made = cache.find(what, blocks.device, (blocks.kinds,), lambda: make_walks(blocks, *shapes), is_ours=True)
     return {kernel: (walk, tile) for kernel, walk, (tile, _) in zip(KERNELS, made, shapes, strict=True)}
 
 
-Shape = tuple[tuple[int, int], bool]
+@functools.lru_cache(maxsize=4096)
+def _shapes(plan: Plan, tile: tuple[int, int]) -> tuple[Shape, ...]:
+    """The shapes of the walks of KERNELS over a map of this tile."""
+    configs = {kernel: _config(getattr(plan, kernel)) for kernel in KERNELS}
+    return tuple(
+        ((max(tile[0], config.BLOCK_Q), max(tile[1], config.BLOCK_KV)), kernel == "dkdv")
+        for kernel, config in configs.items()
+    )
 
 
 def make_walks(blocks: BlockMap, *shapes: Shape) -> tuple[Walk, ...]:
-    """Up to three walks of a map, one for each shape; equal shapes share one.
-
-    A shape: its tile, a multiple of the map's, and whether its rows are KV tiles, as dK and dV need.
-    """
+    """Up to three walks of a map, one for each shape; equal shapes share one."""
     kinds = blocks.kinds
     Bm, Hm, num_q, num_kv = kinds.shape
     made: dict[Shape, Walk] = {}
@@ -377,7 +381,8 @@ def _walk_arguments(walk: Walk, num_heads: int, G: int, head_bytes: int, plan: P
     """
     Bm, Hm, num_rows, _, num_words = walk.words.shape
     strides = (Hm if Bm > 1 else 0, 1 if Hm > 1 else 0)
-    return walk, num_words, strides, num_rows, num_heads, G * max(1, plan.shared_bytes // max(head_bytes, 1))
+    together = G * max(1, plan.shared_bytes // max(head_bytes, 1))
+    return walk, num_words, strides, num_rows, num_heads, min(together, num_heads)
 
 
 def _head_dims(D: int, Dv: int) -> dict[str, int]:
