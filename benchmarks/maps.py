@@ -49,13 +49,13 @@ DEVICE = "cuda"
 
 @dataclass(frozen=True)
 class Work:
-    """A mask over S x S. reads: a tensor that any exact map must read whole. has_flex: the peer is measured."""
+    """A mask over S x S. reads: a tensor that any exact map must read whole. flex: the mask as the peer is given it."""
 
     name: str
     S: int
     mask: Mask
     reads: torch.Tensor | None = None
-    has_flex: bool = False
+    flex: Callable | None = None
 
 
 def documents(S: int) -> Work:
@@ -67,7 +67,23 @@ def random_tree(num_nodes: int) -> Work:
     generator = torch.Generator().manual_seed(0)
     parents = (torch.rand(num_nodes, generator=generator) * torch.arange(num_nodes)).long() - 1
     parents = parents.to(DEVICE)
-    return Work(f"tree_S{num_nodes}", num_nodes, tree(parents), has_flex=True)
+    mask = tree(parents)
+    return Work(f"tree_S{num_nodes}", num_nodes, mask, flex=mask.function)
+
+
+def image(side: int, window: int) -> Work:
+    mask = neighbourhood((side, side), window)
+    return Work(f"neighbourhood_2d_{side}x{side}", side * side, mask, flex=mask.function)
+
+
+def diffusion(length: int, block_size: int) -> Work:
+    def sees(b, h, q_idx, kv_idx):  # Inductor cannot compile the comparison of two booleans in block_diffusion
+        q_is_clean, kv_is_clean = q_idx >= length, kv_idx >= length
+        q_block, kv_block = q_idx % length // block_size, kv_idx % length // block_size
+        is_same = (q_is_clean & kv_is_clean) | (~q_is_clean & ~kv_is_clean)
+        return (is_same & (q_block == kv_block)) | (kv_is_clean & (kv_block < q_block))
+
+    return Work(f"block_diffusion_S{2 * length}", 2 * length, block_diffusion(length, block_size), flex=sees)
 
 
 def opaque(S: int) -> Work:
@@ -80,8 +96,8 @@ def opaque(S: int) -> Work:
 WORKS: dict[str, Callable[[], Work]] = {
     "documents_64k": lambda: documents(65536),
     "documents_1m": lambda: documents(1048576),
-    "neighbourhood": lambda: Work("neighbourhood_2d_256x256", 65536, neighbourhood((256, 256), 13), has_flex=True),
-    "diffusion": lambda: Work("block_diffusion_S32768", 32768, block_diffusion(16384, 32), has_flex=True),
+    "neighbourhood": lambda: image(256, 13),
+    "diffusion": lambda: diffusion(16384, 32),
     "tree": lambda: random_tree(8192),
     "opaque": lambda: opaque(32768),
 }
@@ -184,7 +200,7 @@ def run_flex(work: Work, lock: Path) -> dict:
     make = torch.compile(create_block_mask)
 
     def call() -> Any:
-        return make(work.mask.function, None, None, work.S, work.S, device=DEVICE)
+        return make(work.flex, None, None, work.S, work.S, device=DEVICE)
 
     start = time.perf_counter()
     blocks = call()
@@ -229,7 +245,7 @@ def main() -> None:
             [sys.executable, __file__, "--flex", key], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
         for key in keys
-        if WORKS[key]().has_flex
+        if WORKS[key]().flex is not None
     }
     for key, process in processes.items():
         out, err = process.communicate()
