@@ -233,7 +233,12 @@ def test_cache_info_tells_what_is_kept() -> None:
     ids[100:] = 1
     attention(q, q, q, mask=mask)
     attention(q, q, q, mask=causal())
-    assert cache_info()[:3] == (2, 3, 3)
+    assert cache_info()[:3] == (2, 3, 2)  # the map of the ids as they were is of no more use, and gone
+    clear_cache()
+    attention(q, q, q, mask=mask, backend="triton")
+    attention(q, q, q, mask=mask, backend="triton")
+    # a map, and the walks of its kernels: two words and three numbers for each of 2 rows, which forward and dQ share, and 4
+    assert cache_info() == (2, 2, 2, cache.MOST, 2 * 4 + (2 + 4) * (2 * 8 + 3 * 4))
 
 
 def test_threads_share_maps() -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils._pytree import tree_leaves
 
 MOST = 256  # maps and walks that are kept; the least recently used goes first
 
@@ -21,6 +22,7 @@ Built = TypeVar("Built")
 @dataclass(frozen=True)
 class _Entry:
     value: Any
+    versions: tuple[int | None, ...]  # of the captured tensors then
     # of the captured tensors; while they are held no new storage gets the same identity
     storages: tuple[StorageWeakRef, ...]
 
@@ -50,10 +52,10 @@ def find(
 ) -> Built:
     """The kept value for `what` over these captured tensors, or what build() makes, then kept.
 
-    A captured tensor is told apart by storage, place in it, layout and version, so one that was changed in place
-    gives a new value. Nothing is kept where that cannot be known or would be wrong: tensors made in inference mode have
-    no version (is_ours: they never change), and under a dispatch mode (fake tensors, checkpointing) or while a CUDA
-    graph is captured results are not for others.
+    A captured tensor is told apart by storage, place in it, layout and version, so one that was changed in place gives
+    a new value, which takes the place of the old one. Nothing is kept where that cannot be known or would be wrong:
+    tensors made in inference mode have no version (is_ours: they never change), and under a dispatch mode (fake
+    tensors, checkpointing) or while a CUDA graph is captured results are not for others.
     """
     global _hits, _misses
     if _is_private(captures, is_ours):
@@ -62,10 +64,12 @@ def find(
         return build()
     # a map is ready for the stream that it was built on, and for no other without waiting
     stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else None
-    key = (what, device, stream, identities(captures))
+    key = (what, device, stream, _places(captures))
+    versions = _versions(captures)
     with _lock:
         entry = _entries.get(key)
-        if entry is not None and not any(storage.expired() for storage in entry.storages):
+        is_kept = entry is not None and entry.versions == versions
+        if entry is not None and is_kept and not any(storage.expired() for storage in entry.storages):
             _entries.move_to_end(key)
             _hits += 1
             value: Built = entry.value
@@ -76,7 +80,8 @@ def find(
     with _lock:
         for stale in [k for k, e in _entries.items() if any(storage.expired() for storage in e.storages)]:
             del _entries[stale]
-        _entries[key] = _Entry(value, storages)
+        _entries[key] = _Entry(value, versions, storages)
+        _entries.move_to_end(key)
         while len(_entries) > MOST:
             _entries.popitem(last=False)
     return value
@@ -85,10 +90,9 @@ def find(
 def info() -> CacheInfo:
     """What is kept now, and how often it was of use in this process."""
     with _lock:
-        values = [entry.value for entry in _entries.values()]
-        tensors = [tensor for value in values for tensor in (value if isinstance(value, tuple) else (value,))]
-        num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        return CacheInfo(_hits, _misses, len(values), MOST, num_bytes)
+        tensors = {id(x): x for x in tree_leaves([entry.value for entry in _entries.values()])}
+        num_bytes = sum(x.numel() * x.element_size() for x in tensors.values())
+        return CacheInfo(_hits, _misses, len(_entries), MOST, num_bytes)
 
 
 def clear() -> None:
@@ -110,14 +114,12 @@ def _is_private(captures: tuple[Tensor, ...], is_ours: bool) -> bool:
 
 def identities(captures: tuple[Tensor, ...]) -> Hashable:
     """What tells captured tensors, and what they hold, apart. One made in inference mode shows no change in place."""
-    return tuple(
-        (
-            tensor.untyped_storage()._cdata,
-            tensor.storage_offset(),
-            tensor.shape,
-            tensor.stride(),
-            tensor.dtype,
-            None if tensor.is_inference() else tensor._version,
-        )
-        for tensor in captures
-    )
+    return _places(captures), _versions(captures)
+
+
+def _places(captures: tuple[Tensor, ...]) -> tuple[Hashable, ...]:
+    return tuple((x.untyped_storage()._cdata, x.storage_offset(), x.shape, x.stride(), x.dtype) for x in captures)
+
+
+def _versions(captures: tuple[Tensor, ...]) -> tuple[int | None, ...]:
+    return tuple(None if x.is_inference() else x._version for x in captures)
