@@ -237,7 +237,7 @@ def test_cache_info_tells_what_is_kept() -> None:
     clear_cache()
     attention(q, q, q, mask=mask, backend="triton")
     attention(q, q, q, mask=mask, backend="triton")
-    # a map, and the walks of its kernels: two words and three numbers for each of 2 rows, which forward and dQ share, and 4
+    # a map, and its walks: two words and three numbers for each of 2 rows, for forward and dQ, and of 4 rows
     assert cache_info() == (2, 2, 2, cache.MOST, 2 * 4 + (2 + 4) * (2 * 8 + 3 * 4))
 
 
