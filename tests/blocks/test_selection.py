@@ -9,7 +9,7 @@ from torch import Tensor
 from anymask import BlockMap, InputError, alibi, attention, block_map, causal, document, mask_from, sliding_window
 from anymask.testing import relative_error
 
-BACKENDS = ("eager", "triton")
+BACKENDS = ("eager", pytest.param("triton", marks=pytest.mark.slow))
 
 
 def qkv(Sq: int = 90, Skv: int = 110, D: int = 16) -> tuple[Tensor, Tensor, Tensor]:

@@ -57,7 +57,7 @@ def one_walk(blocks: BlockMap, tile: tuple[int, int] = (16, 16), is_kv_row: bool
     return walk
 
 
-@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.settings(max_examples=20, deadline=None)
 @hypothesis.given(data=st.data())
 def test_random_kinds(data: st.DataObject) -> None:
     shape = [data.draw(st.integers(1, high)) for high in (2, 2, 40, 70)]
