@@ -131,7 +131,15 @@ def select(blocks: BlockMap, mask: MaskFunction | Tensor) -> BlockMap:
         )
     kinds = _find_map(alone, B, H, blocks.Sq, blocks.Skv, blocks.tile, blocks.device).kinds
     kinds = torch.where(blocks.kinds == EMPTY, blocks.kinds, kinds)
-    return replace(blocks, kinds=kinds, text=joined.mask, bindings=joined.mask_bindings, is_selection=False)
+    bindings = joined.mask_bindings
+    return replace(
+        blocks,
+        kinds=kinds,
+        text=joined.mask,
+        bindings=bindings,
+        built_from=cache.identities(bindings.captures),
+        is_selection=False,
+    )
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -33,7 +33,7 @@ from anymask.expr.interval import Grid
 from anymask.expr.ir import to_text
 from anymask.expr.mods import Mods, text_of
 from anymask.expr.trace import SCORE_TEXT
-from anymask.kernels.plan import KERNELS, Plan, choose, default_tile
+from anymask.kernels.plan import KERNELS, Plan, choose, default_tile, walk_shapes
 from anymask.masks import Mask, from_function
 from anymask.problem import Problem
 
@@ -227,9 +227,8 @@ _KINDS = {EMPTY: "empty", PARTIAL: "partial", FULL: "full"}
 def _walk_bytes(blocks: BlockMap, plan: Plan) -> dict[str, tuple[tuple[Any, ...], int]]:
     """For each kernel of the plan which walk of the map it reads, and the bytes of that; two may read the same one."""
     walks = {}
-    for kernel in KERNELS if plan.backend == "triton" else ():
-        config, is_kv_row = getattr(plan, kernel), kernel == "dkdv"
-        tile = (max(blocks.tile[0], config.BLOCK_Q), max(blocks.tile[1], config.BLOCK_KV))
+    shapes = walk_shapes(plan, blocks.tile) if plan.backend == "triton" else ()
+    for kernel, (tile, is_kv_row) in zip(KERNELS, shapes, strict=False):
         num_rows, num_columns = -(-blocks.Sq // tile[0]), -(-blocks.Skv // tile[1])
         if is_kv_row:
             num_rows, num_columns = num_columns, num_rows

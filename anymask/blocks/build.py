@@ -1,4 +1,4 @@
-"""From a mask to its block map: intervals, then a few points of each undecided tile, then all of its elements."""
+"""From a mask to the kinds of its tiles: by intervals, then by a closer look at undecided tiles, see STAGES."""
 
 from __future__ import annotations
 

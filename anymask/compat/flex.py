@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from anymask.blocks import cache
 from anymask.blocks.block_map import EMPTY, FULL, PARTIAL, BlockMap
 from anymask.masks import MaskFunction, from_function
 
@@ -28,7 +29,8 @@ def from_block_mask(block_mask: BlockMask) -> BlockMap:
     # kv_indices may have more columns than there are tiles
     kinds = kinds[:, :, : -(-Sq // tile_q), : -(-Skv // tile_kv)].contiguous()
     program = from_function(block_mask.mask_mod).trace(kinds.device)
-    return BlockMap(kinds, Sq, Skv, (tile_q, tile_kv), program.mask, program.mask_bindings)
+    bindings = program.mask_bindings
+    return BlockMap(kinds, Sq, Skv, (tile_q, tile_kv), program.mask, bindings, cache.identities(bindings.captures))
 
 
 def to_block_mask(block_map: BlockMap, mask: MaskFunction) -> BlockMask:

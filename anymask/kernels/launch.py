@@ -21,7 +21,7 @@ from anymask.expr.ir import Expr
 from anymask.expr.mods import Mods
 from anymask.kernels.configs import Config
 from anymask.kernels.jit import jitted
-from anymask.kernels.plan import KERNELS, Plan, padded
+from anymask.kernels.plan import KERNELS, Plan, Shape, padded, walk_shapes
 from anymask.kernels.triton_bwd import delta_kernel, dkdv_kernel, dq_kernel
 from anymask.kernels.triton_fwd import forward_kernel
 from anymask.kernels.triton_map import classify_kernel
@@ -210,26 +210,12 @@ def backward(
     return dq, dk, dv
 
 
-# A walk's tile, a multiple of the map's, and whether its rows are KV tiles, as dK and dV need.
-Shape = tuple[tuple[int, int], bool]
-
-
 def walks(blocks: BlockMap, plan: Plan) -> dict[str, tuple[Walk, tuple[int, int]]]:
     """By kernel its walk, made once for a map, and the walk's tile: the bigger of the map's and the kernel's."""
-    shapes = _shapes(plan, blocks.tile)
+    shapes = walk_shapes(plan, blocks.tile)
     what = ("walks", shapes, blocks.tile, blocks.Skv)
     made = cache.find(what, blocks.device, (blocks.kinds,), lambda: make_walks(blocks, *shapes), is_ours=True)
     return {kernel: (walk, tile) for kernel, walk, (tile, _) in zip(KERNELS, made, shapes, strict=True)}
-
-
-@functools.lru_cache(maxsize=4096)
-def _shapes(plan: Plan, tile: tuple[int, int]) -> tuple[Shape, ...]:
-    """The shapes of the walks of KERNELS over a map of this tile."""
-    configs = {kernel: _config(getattr(plan, kernel)) for kernel in KERNELS}
-    return tuple(
-        ((max(tile[0], config.BLOCK_Q), max(tile[1], config.BLOCK_KV)), kernel == "dkdv")
-        for kernel, config in configs.items()
-    )
 
 
 def make_walks(blocks: BlockMap, *shapes: Shape) -> tuple[Walk, ...]:

@@ -135,6 +135,20 @@ def default_tile(device_type: str, length: int) -> tuple[int, int]:
     return (64, 64) if length <= 65536 else (128, 128)
 
 
+# A walk's tile, a multiple of the map's, and whether its rows are KV tiles, as dK and dV need.
+Shape = tuple[tuple[int, int], bool]
+
+
+@functools.lru_cache(maxsize=4096)
+def walk_shapes(plan: Plan, tile: tuple[int, int]) -> tuple[Shape, ...]:
+    """The shapes of the walks that KERNELS take of a map of this tile: the bigger of its tile and the kernel's."""
+    shapes = []
+    for kernel in KERNELS:
+        config: Config = getattr(plan, kernel)
+        shapes.append(((max(tile[0], config.BLOCK_Q), max(tile[1], config.BLOCK_KV)), kernel == "dkdv"))
+    return tuple(shapes)
+
+
 def padded(D: int) -> int:
     """The head dim as kernels see it: the next power of two, at least 16."""
     return max(16, 1 << (D - 1).bit_length())

@@ -141,6 +141,17 @@ def test_rows_go_on_counting_queries(backend: str) -> None:
     torch.testing.assert_close(got, expected[:, :, 48:90], rtol=1e-5, atol=1e-5)
 
 
+def test_a_map_of_a_tensor_that_was_changed_since_is_refused() -> None:
+    q, k, v = qkv()
+    ids = torch.zeros(110, dtype=torch.int32)
+    chosen_documents = BlockMap.from_dense(chosen(6, 7), Sq=90, Skv=110, tile=16) & document(ids)
+    part = block_map(document(ids), 2, 4, 90, 110, device="cpu", tile=16).rows(0, 32)
+    ids[50:] = 1
+    for length, stale in ((90, chosen_documents), (32, part)):
+        with pytest.raises(InputError, match="was changed since the map was built"):
+            attention(q[:, :, :length], k, v, block_map=stale)
+
+
 def test_rows_of_a_selection() -> None:
     blocks = chosen(6, 7)
     q, k, v = qkv()

@@ -108,13 +108,13 @@ def test_sizes_of_zero(sizes: tuple[int, int, int, int]) -> None:
 def test_nothing_waits_for_the_device() -> None:
     ids = torch.zeros(64, dtype=torch.int32, device=DEVICE)
     reads = [Expr.of(Op.LOAD, DType.INT32, (i,), 0) for i in (Q, KV)]
+    mask, grid = apply(Op.AND, CAUSAL, apply(Op.EQ, *reads)), Grid(1, 1, 60, 64, (8, 16), DEVICE)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        launch.classify(
-            apply(Op.AND, CAUSAL, apply(Op.EQ, *reads)), Bindings((ids,)), Grid(1, 1, 60, 64, (8, 16), DEVICE)
-        )
+        kinds = launch.classify(mask, Bindings((ids,)), grid)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(kinds, tile_kinds(mask, Bindings((ids,)), grid))
 
 
 def test_a_mask_without_indices() -> None:
