@@ -22,13 +22,12 @@ from anymask.expr.mods import Mods
 from anymask.kernels.configs import Config
 from anymask.kernels.jit import jitted
 from anymask.kernels.plan import KERNELS, Plan, Shape, padded, walk_shapes
-from anymask.kernels.triton_bwd import delta_kernel, dkdv_kernel, dq_kernel
+from anymask.kernels.triton_bwd import dkdv_kernel, dq_kernel
 from anymask.kernels.triton_fwd import forward_kernel
 from anymask.kernels.triton_map import classify_kernel
 from anymask.kernels.triton_walk import order_kernel, walk_kernel
 from anymask.problem import dense_like
 
-DELTA_BLOCK = 32
 # Most tiles that one program bounds, of how many positions in all, and pairs that it evaluates at a time where it must;
 # with fewer programs than MAP_PROGRAMS several share such tiles. (8,192 pairs at a time cost 20% more compile time.)
 MAP_ROWS, MAP_COLUMNS, MAP_POSITIONS, MAP_PAIRS, MAP_PROGRAMS = 8, 32, 4096, 4096, 4096
@@ -50,13 +49,14 @@ def forward(
     if out.shape.numel() == 0 or Skv == 0:
         return out.zero_(), lse.fill_(float("-inf"))
     config = _config(plan.forward)
-    walk, (tile_q, tile_kv) = walks(blocks, plan)["forward"]
+    walk, (tile_q, tile_kv) = walks(blocks, plan, mods.has_mask)["forward"]
+    num_rows = _ceil(Sq, tile_q)
     arguments = _bind(bindings)
     mask, score, _ = _functions(mods, arguments.wide, plan.is_ptx, has_gradient=False)
     if score is None and scale <= 0:  # the identity: the kernel's short cut needs scale > 0
         score = _function(mods.score, "score", arguments.wide, plan.is_ptx)
     with _device_of(q):
-        forward_kernel[(B * Hq * walk.rows.shape[2] * tile_q // config.BLOCK_Q,)](
+        forward_kernel[(B * Hq * num_rows * tile_q // config.BLOCK_Q,)](
             q,
             k,
             v,
@@ -66,7 +66,7 @@ def forward(
             k.stride(),
             v.stride(),
             out.stride(),
-            *_walk_arguments(walk, B * Hq, Hq // Hkv, Skv * (D + Dv) * q.itemsize, plan),
+            *_walk_arguments(walk, num_rows, B * Hq, Hq // Hkv, Skv * (D + Dv) * q.itemsize, plan),
             Hq,
             Sq,
             Skv,
@@ -106,7 +106,8 @@ def backward(
     """dq, dk, dv, each in the shape and dtype of q, k, v, laid out by problem.dense_like.
 
     dlse: the gradient of lse, or None for 0.
-    Deterministic: each gradient tile has one program that adds in the order of the map.
+    dq first: it leaves lse and delta of each row to dk and dv. Deterministic: each gradient tile has one program that
+    adds in the order of the map.
     """
     B, Hq, Sq, D = q.shape
     Hkv, Skv, Dv = v.shape[1:]
@@ -117,10 +118,10 @@ def backward(
     mask, score, score_gradient = _functions(mods, arguments.wide, plan.is_ptx, has_gradient=True)
     G = Hq // Hkv
     dkdv, dq_config = _config(plan.dkdv), _config(plan.dq)
-    of_kernel = walks(blocks, plan)
+    of_kernel = walks(blocks, plan, mods.has_mask)
     (columns, columns_tile), (lines, lines_tile) = of_kernel["dkdv"], of_kernel["dq"]
-    longest = max(columns_tile[0], lines_tile[0])
-    padded_Sq = _ceil(Sq, longest) * longest
+    num_columns, num_lines = _ceil(Skv, columns_tile[1]), _ceil(Sq, lines_tile[0])
+    padded_Sq = _ceil(Sq, columns_tile[0]) * columns_tile[0]
     rows = torch.empty(B, Hq, padded_Sq, 2, dtype=torch.float32, device=q.device)
     shared = dict(
         MASK=mask,
@@ -129,69 +130,26 @@ def backward(
         G=G,
         PRECISION=plan.precision,
         **_head_dims(D, Dv),
-        **_addressing(*(x.stride() for x in (q, k, v, dout, dq, dk, dv))),
+        **_addressing(*(x.stride() for x in (q, k, v, out, dout, dq, dk, dv))),
     )
     with _device_of(q):
-        delta_kernel[(B * Hq * _ceil(padded_Sq, DELTA_BLOCK),)](
+        dq_kernel[(B * Hq * num_lines * lines_tile[0] // dq_config.BLOCK_Q,)](
+            q,
+            k,
+            v,
             out,
             dout,
             lse,
             None if dlse is None else dlse.contiguous(),
-            rows,
-            out.stride(),
-            dout.stride(),
-            Hq,
-            Sq,
-            padded_Sq,
-            DV=Dv,
-            DV_PAD=padded(Dv),
-            BLOCK_Q=DELTA_BLOCK,
-            num_warps=4,
-            **_addressing(out.stride(), dout.stride()),
-        )
-        dkdv_kernel[(B * Hkv * columns.rows.shape[2] * columns_tile[1] // dkdv.BLOCK_KV,)](
-            q,
-            k,
-            v,
-            dout,
-            dk,
-            dv,
-            rows,
-            q.stride(),
-            k.stride(),
-            v.stride(),
-            dout.stride(),
-            dk.stride(),
-            dv.stride(),
-            *_walk_arguments(columns, B * Hkv, 1, Sq * G * (D + Dv) * q.itemsize, plan),
-            Hkv,
-            Sq,
-            Skv,
-            padded_Sq,
-            scale,
-            arguments.values,
-            BLOCK_Q=dkdv.BLOCK_Q,
-            BLOCK_KV=dkdv.BLOCK_KV,
-            TILE_Q=columns_tile[0],
-            TILE_KV=columns_tile[1],
-            IS_EVEN_Q=Sq % columns_tile[0] == 0,
-            num_warps=dkdv.num_warps,
-            num_stages=dkdv.num_stages,
-            **shared,
-        )
-        dq_kernel[(B * Hq * lines.rows.shape[2] * lines_tile[0] // dq_config.BLOCK_Q,)](
-            q,
-            k,
-            v,
-            dout,
             dq,
             rows,
             q.stride(),
             k.stride(),
             v.stride(),
+            out.stride(),
             dout.stride(),
             dq.stride(),
-            *_walk_arguments(lines, B * Hq, G, Skv * (D + Dv) * q.itemsize, plan),
+            *_walk_arguments(lines, num_lines, B * Hq, G, Skv * (D + Dv) * q.itemsize, plan),
             Hq,
             Sq,
             Skv,
@@ -207,12 +165,47 @@ def backward(
             num_stages=dq_config.num_stages,
             **shared,
         )
+        dkdv_kernel[(B * Hkv * num_columns * columns_tile[1] // dkdv.BLOCK_KV,)](
+            q,
+            k,
+            v,
+            dout,
+            dk,
+            dv,
+            rows,
+            q.stride(),
+            k.stride(),
+            v.stride(),
+            dout.stride(),
+            dk.stride(),
+            dv.stride(),
+            *_walk_arguments(columns, num_columns, B * Hkv, 1, Sq * G * (D + Dv) * q.itemsize, plan),
+            Hkv,
+            Sq,
+            Skv,
+            padded_Sq,
+            scale,
+            arguments.values,
+            BLOCK_Q=dkdv.BLOCK_Q,
+            BLOCK_KV=dkdv.BLOCK_KV,
+            TILE_Q=columns_tile[0],
+            TILE_KV=columns_tile[1],
+            IS_EVEN_Q=Sq % columns_tile[0] == 0,
+            num_warps=dkdv.num_warps,
+            num_stages=dkdv.num_stages,
+            **shared,
+        )
     return dq, dk, dv
 
 
-def walks(blocks: BlockMap, plan: Plan) -> dict[str, tuple[Walk, tuple[int, int]]]:
-    """By kernel its walk, made once for a map, and the walk's tile: the bigger of the map's and the kernel's."""
+def walks(blocks: BlockMap, plan: Plan, has_mask: bool = True) -> dict[str, tuple[Walk | None, tuple[int, int]]]:
+    """By kernel its walk, made once for a map, and the walk's tile: the bigger of the map's and the kernel's.
+
+    Without a mask there is nothing to walk: None.
+    """
     shapes = walk_shapes(plan, blocks.tile)
+    if not has_mask:
+        return {kernel: (None, tile) for kernel, (tile, _) in zip(KERNELS, shapes, strict=True)}
     what = ("walks", shapes, blocks.tile, blocks.Skv)
     made = cache.find(what, blocks.device, (blocks.kinds,), lambda: make_walks(blocks, *shapes), is_ours=True)
     return {kernel: (walk, tile) for kernel, walk, (tile, _) in zip(KERNELS, made, shapes, strict=True)}
@@ -360,15 +353,19 @@ def _map_functions(mask: Expr, wide: frozenset[int]) -> tuple[Any, Any]:
     return jitted(bounds, "bounds"), jitted(function, "mask")
 
 
-def _walk_arguments(walk: Walk, num_heads: int, G: int, head_bytes: int, plan: Plan) -> tuple[Any, ...]:
+def _walk_arguments(
+    walk: Walk | None, num_rows: int, num_heads: int, G: int, head_bytes: int, plan: Plan
+) -> tuple[Any, ...]:
     """walk, num_words, map_strides, num_rows, num_heads, heads_together of kernels/tile.py.
 
     head_bytes: what the programs of G heads read in common.
     """
-    Bm, Hm, num_rows, _, num_words = walk.words.shape
+    together = min(G * max(1, plan.shared_bytes // max(head_bytes, 1)), num_heads)
+    if walk is None:
+        return None, None, (0, 0), num_rows, num_heads, together
+    Bm, Hm, _, _, num_words = walk.words.shape
     strides = (Hm if Bm > 1 else 0, 1 if Hm > 1 else 0)
-    together = G * max(1, plan.shared_bytes // max(head_bytes, 1))
-    return walk, num_words, strides, num_rows, num_heads, min(together, num_heads)
+    return walk, num_words, strides, num_rows, num_heads, together
 
 
 def _head_dims(D: int, Dv: int) -> dict[str, int]:

@@ -127,24 +127,41 @@ def work_of(program, num_rows, num_heads, heads_together, TILE: tl.constexpr, BL
 
 
 @triton.jit
-def row_of(walk, num_words, row, IS_FULL: tl.constexpr):
-    """Where a row's words begin (pointer), and how many tiles they hold: its masked tiles, or its full ones."""
-    words, rows = walk
-    return words + (row * 2 + IS_FULL) * num_words, tl.load(rows + row * 3 + IS_FULL)
+def row_of(walk, num_words, row, length, TILE: tl.constexpr, IS_FULL: tl.constexpr):
+    """Where a row's words begin (pointer), and how many tiles they hold: its masked tiles, or its full ones.
+
+    walk None: no map, all tiles of TILE positions up to length; the one that hangs over it is masked. Then `words` is
+    the number of the first of them.
+    """
+    if walk is None:
+        num_whole = length // TILE
+        if IS_FULL:
+            return 0, num_whole
+        else:
+            return num_whole, tl.cdiv(length, TILE) - num_whole
+    else:
+        words, rows = walk
+        return words + (row * 2 + IS_FULL) * num_words, tl.load(rows + row * 3 + IS_FULL)
 
 
 @triton.jit
 def ranked_row(walk, first_row, rank):
     """The row of a map that comes rank-th by its work. first_row: of the map among all."""
-    return tl.load(walk[1] + (first_row + rank) * 3 + 2)
+    if walk is None:
+        return rank
+    else:
+        return tl.load(walk[1] + (first_row + rank) * 3 + 2)
 
 
 @triton.jit
 def first_tile(words, num_words):
     """The state of a walk at its first tile: the bits of a word that are left, the tile of its bit 0, the place of the
-    word, and the word after it."""
-    word = tl.load(words)
-    return word.to(tl.int32), (word >> 32).to(tl.int32), 0, tl.load(words + tl.minimum(1, num_words - 1))
+    word, and the word after it. Without a map (num_words None): no bits, and the first tile."""
+    if num_words is None:
+        return 0, words, 0, 0
+    else:
+        word = tl.load(words)
+        return word.to(tl.int32), (word >> 32).to(tl.int32), 0, tl.load(words + tl.minimum(1, num_words - 1))
 
 
 @triton.jit
@@ -154,14 +171,26 @@ def next_tile(words, num_words, bits, first, place, ahead, step, STEPS: tl.const
     Past the row's end it is of no meaning. The word after this one is read before it is needed: no step waits for it.
     And without a condition: a predicate on the load made ptxas serialise the products of dQ (C7515 on sm_90).
     """
-    rest = bits & (bits - 1)
-    if STEPS > 1:
-        rest = tl.where(step % STEPS == STEPS - 1, rest, bits)
-    is_next = rest == 0
-    bits = tl.where(is_next, ahead.to(tl.int32), rest)
-    first = tl.where(is_next, (ahead >> 32).to(tl.int32), first)
-    place += is_next.to(tl.int32)
-    return bits, first, place, tl.load(words + tl.minimum(place + 1, num_words - 1))
+    if num_words is None:
+        return bits, first, place, ahead
+    else:
+        rest = bits & (bits - 1)
+        if STEPS > 1:
+            rest = tl.where(step % STEPS == STEPS - 1, rest, bits)
+        is_next = rest == 0
+        bits = tl.where(is_next, ahead.to(tl.int32), rest)
+        first = tl.where(is_next, (ahead >> 32).to(tl.int32), first)
+        place += is_next.to(tl.int32)
+        return bits, first, place, tl.load(words + tl.minimum(place + 1, num_words - 1))
+
+
+@triton.jit
+def start_of(num_words, bits, first, step, TILE: tl.constexpr, BLOCK: tl.constexpr):
+    """The first position of step `step` of a walk, whose tiles of TILE positions take TILE // BLOCK steps each."""
+    if num_words is None:
+        return first * TILE + step * BLOCK
+    else:
+        return tile_at(bits, first) * TILE + step % (TILE // BLOCK) * BLOCK
 
 
 @triton.jit

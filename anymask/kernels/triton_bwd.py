@@ -1,6 +1,7 @@
-"""Backward: delta, then dK and dV (one program per key tile), then dQ (one program per query tile). No atomics.
+"""Backward: dQ (one program per query tile), then dK and dV (one program per key tile). No atomics.
 
-P is recomputed from lse. With S = scale Q K^T, T = SCORE(S), P = softmax(T):
+The first also writes what the second needs of each row, lse in base 2 and delta = rowsum(out * dout) - dlse. P is
+recomputed from lse. With S = scale Q K^T, T = SCORE(S), P = softmax(T):
 dV = P^T dO,  dP = dO V^T,  dT = P * (dP - delta),  dS = dT * dT/dS,  dQ = scale dS K,  dK = scale dS^T Q.
 """
 
@@ -20,72 +21,10 @@ from anymask.kernels.tile import (
     ranked_row,
     row_of,
     score_gradient,
+    start_of,
     store_tile,
-    tile_at,
     work_of,
 )
-
-
-@triton.jit(do_not_specialize=["Hq", "Sq", "padded_Sq"])
-def delta_kernel(
-    out_pointer,  # [B, Hq, Sq, Dv]
-    dout_pointer,  # [B, Hq, Sq, Dv]
-    lse_pointer,  # [B, Hq, Sq] f32, contiguous
-    dlse_pointer,  # the same, or None
-    rows_pointer,  # [B, Hq, padded_Sq, 2] f32, contiguous: lse in base 2, delta
-    out_strides,
-    dout_strides,
-    Hq,
-    Sq,
-    padded_Sq,
-    DV: tl.constexpr,
-    DV_PAD: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    ALIGN: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    """delta = rowsum(out * dout) - dlse, and lse in base 2 with +inf for a row without keys and past the end: P = 0."""
-    num_blocks = tl.cdiv(padded_Sq, BLOCK_Q)
-    head = tl.program_id(0) // num_blocks
-    q_start = tl.program_id(0) % num_blocks * BLOCK_Q
-    b = head // Hq
-    h = head % Hq
-    # [BLOCK_Q, DV_PAD]
-    out = load_tile(
-        head_pointer(out_pointer, out_strides, b, h, ALIGN),
-        q_start,
-        Sq,
-        out_strides,
-        BLOCK_Q,
-        DV,
-        DV_PAD,
-        ALIGN,
-        WIDE,
-        True,
-    )
-    dout = load_tile(
-        head_pointer(dout_pointer, dout_strides, b, h, ALIGN),
-        q_start,
-        Sq,
-        dout_strides,
-        BLOCK_Q,
-        DV,
-        DV_PAD,
-        ALIGN,
-        WIDE,
-        True,
-    )
-    # [BLOCK_Q] f32
-    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
-    rows = q_start + tl.arange(0, BLOCK_Q)
-    offsets = head.to(tl.int64) * Sq + rows
-    if dlse_pointer is not None:
-        delta -= tl.load(dlse_pointer + offsets, mask=rows < Sq, other=0.0)
-    lse = tl.load(lse_pointer + offsets, mask=rows < Sq, other=float("-inf"))
-    lse_log2 = tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
-    # [BLOCK_Q, 2]
-    pairs = (head.to(tl.int64) * padded_Sq + rows)[:, None] * 2 + tl.arange(0, 2)[None, :]
-    tl.store(rows_pointer + pairs, tl.join(lse_log2, delta), mask=rows[:, None] < padded_Sq)
 
 
 @triton.jit
@@ -130,13 +69,17 @@ def dkdv_steps(
     STEPS: tl.constexpr = TILE_Q // BLOCK_Q
     bits, first, place, ahead = first_tile(words, num_words)
     for step in tl.range(0, num_tiles * STEPS):
-        q_start = tile_at(bits, first) * TILE_Q + step % STEPS * BLOCK_Q
+        q_start = start_of(num_words, bits, first, step, TILE_Q, BLOCK_Q)
         bits, first, place, ahead = next_tile(words, num_words, bits, first, place, ahead, step, STEPS)
         q = load_tile(q_pointer, q_start, Sq, q_strides, BLOCK_Q, D, D_PAD, ALIGN, WIDE, not IS_EVEN_Q)
-        # [BLOCK_Q] f32; +inf and 0 past the end of the queries. One load of pairs: in the layout of a row of S^T every
-        # thread copies every fourth pair, and 16 bytes at a time need a quarter of the instructions of 4
+        # [BLOCK_Q] f32. One load of pairs: in the layout of a row of S^T every thread copies every fourth pair, and 16
+        # bytes at a time need a quarter of the instructions of 4
         pairs = tl.load(rows_pointer + q_start * 2 + tl.arange(0, 2 * BLOCK_Q))
         lse_log2, delta = tl.split(pairs.reshape(BLOCK_Q, 2))
+        if not IS_EVEN_Q:  # past the end of the queries nothing was written: P = 0 there
+            is_row = q_start + tl.arange(0, BLOCK_Q) < Sq
+            lse_log2 = tl.where(is_row, lse_log2, float("inf"))
+            delta = tl.where(is_row, delta, 0.0)
         # S^T = K Q^T    [BLOCK_KV, BLOCK_Q] f32
         qk = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         dout = load_tile(dout_pointer, q_start, Sq, dout_strides, BLOCK_Q, DV, DV_PAD, ALIGN, WIDE, not IS_EVEN_Q)
@@ -169,14 +112,14 @@ def dkdv_kernel(
     dout_pointer,  # [B, Hq, Sq, Dv]
     dk_pointer,  # [B, Hkv, Skv, D]
     dv_pointer,  # [B, Hkv, Skv, Dv]
-    rows_pointer,  # [B, Hq, padded_Sq, 2] f32, contiguous: lse in base 2, delta
+    rows_pointer,  # [B, Hq, padded_Sq, 2] f32, contiguous: lse in base 2, delta; from dq_kernel
     q_strides,
     k_strides,
     v_strides,
     dout_strides,
     dk_strides,
     dv_strides,
-    walk,  # (words, rows) of blocks/walk.py
+    walk,  # (words, rows) of blocks/walk.py; None without a map, and then num_words too
     num_words,
     map_strides,  # see map_of
     num_rows,  # see work_of
@@ -249,8 +192,8 @@ def dkdv_kernel(
         h = h_kv * G + g
         map_row = map_of(map_strides, b, h) * num_rows + row
         first_pair = (b * (Hkv * G) + h).to(tl.int64) * aligned(padded_Sq, 16) * 2
-        for IS_FULL in tl.static_range(2):
-            words, num_tiles = row_of(walk, num_words, map_row, IS_FULL)
+        for IS_FULL in tl.static_range(walk is None and IS_EVEN_Q, 2):
+            words, num_tiles = row_of(walk, num_words, map_row, Sq, TILE_Q, IS_FULL)
             dk, dv = dkdv_steps(
                 dk,
                 dv,
@@ -352,7 +295,7 @@ def dq_steps(
     STEPS: tl.constexpr = TILE_KV // BLOCK_KV
     bits, first, place, ahead = first_tile(words, num_words)
     for step in tl.range(0, num_tiles * STEPS):
-        kv_start = tile_at(bits, first) * TILE_KV + step % STEPS * BLOCK_KV
+        kv_start = start_of(num_words, bits, first, step, TILE_KV, BLOCK_KV)
         bits, first, place, ahead = next_tile(words, num_words, bits, first, place, ahead, step, STEPS)
         k = load_tile(k_pointer, kv_start, Skv, k_strides, BLOCK_KV, D, D_PAD, ALIGN, WIDE, CHECK_KV)
         v = load_tile(v_pointer, kv_start, Skv, v_strides, BLOCK_KV, DV, DV_PAD, ALIGN, WIDE, CHECK_KV)
@@ -380,15 +323,19 @@ def dq_kernel(
     q_pointer,  # [B, Hq, Sq, D]
     k_pointer,  # [B, Hkv, Skv, D]
     v_pointer,  # [B, Hkv, Skv, Dv]
+    out_pointer,  # [B, Hq, Sq, Dv]
     dout_pointer,  # [B, Hq, Sq, Dv]
+    lse_pointer,  # [B, Hq, Sq] f32, contiguous
+    dlse_pointer,  # the same, or None
     dq_pointer,  # [B, Hq, Sq, D]
-    rows_pointer,  # [B, Hq, padded_Sq, 2] f32, contiguous: lse in base 2, delta
+    rows_pointer,  # [B, Hq, padded_Sq, 2] f32, contiguous: lse in base 2 (+inf for a row without keys: P = 0), delta
     q_strides,
     k_strides,
     v_strides,
+    out_strides,
     dout_strides,
     dq_strides,
-    walk,  # (words, rows) of blocks/walk.py
+    walk,  # (words, rows) of blocks/walk.py; None without a map, and then num_words too
     num_words,
     map_strides,  # see map_of
     num_rows,  # see work_of
@@ -417,7 +364,7 @@ def dq_kernel(
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dq of one query tile. Grid: as the forward."""
+    """dq of one query tile, and lse in base 2 and delta of its rows. Grid: as the forward."""
     head, rank, part = work_of(tl.program_id(0), num_rows, num_heads, heads_together, TILE_Q, BLOCK_Q)
     b = head // Hq
     h = head % Hq
@@ -443,14 +390,32 @@ def dq_kernel(
     )
     # [BLOCK_Q, 1]
     q_idx = q_start + tl.arange(0, BLOCK_Q)[:, None]
-    pairs = (head.to(tl.int64) * aligned(padded_Sq, 16) + q_idx) * 2
+    out = load_tile(
+        head_pointer(out_pointer, out_strides, b, h, ALIGN),
+        q_start,
+        Sq,
+        out_strides,
+        BLOCK_Q,
+        DV,
+        DV_PAD,
+        ALIGN,
+        WIDE,
+        True,
+    )
     # [BLOCK_Q, 1] f32
-    lse_log2 = tl.load(rows_pointer + pairs)
-    delta = tl.load(rows_pointer + pairs + 1)
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1, keep_dims=True)
+    offsets = head.to(tl.int64) * Sq + q_idx
+    if dlse_pointer is not None:
+        delta -= tl.load(dlse_pointer + offsets, mask=q_idx < Sq, other=0.0)
+    lse = tl.load(lse_pointer + offsets, mask=q_idx < Sq, other=float("-inf"))
+    lse_log2 = tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
+    # [BLOCK_Q, 2]
+    pairs = (head.to(tl.int64) * aligned(padded_Sq, 16) + q_idx) * 2 + tl.arange(0, 2)[None, :]
+    tl.store(rows_pointer + pairs, tl.where(tl.arange(0, 2)[None, :] == 0, lse_log2, delta), mask=q_idx < Sq)
 
     dq = tl.zeros([BLOCK_Q, D_PAD], tl.float32)
-    for IS_FULL in tl.static_range(2):
-        words, num_tiles = row_of(walk, num_words, first_row + row, IS_FULL)
+    for IS_FULL in tl.static_range(walk is None and IS_EVEN_KV, 2):
+        words, num_tiles = row_of(walk, num_words, first_row + row, Skv, TILE_KV, IS_FULL)
         dq = dq_steps(
             dq,
             q,

@@ -15,8 +15,8 @@ from anymask.kernels.tile import (
     next_tile,
     ranked_row,
     row_of,
+    start_of,
     store_tile,
-    tile_at,
     work_of,
 )
 
@@ -59,7 +59,7 @@ def softmax_steps(
     STEPS: tl.constexpr = TILE_KV // BLOCK_KV
     bits, first, place, ahead = first_tile(words, num_words)
     for step in tl.range(0, num_tiles * STEPS):
-        kv_start = tile_at(bits, first) * TILE_KV + step % STEPS * BLOCK_KV
+        kv_start = start_of(num_words, bits, first, step, TILE_KV, BLOCK_KV)
         bits, first, place, ahead = next_tile(words, num_words, bits, first, place, ahead, step, STEPS)
         k = load_tile(k_pointer, kv_start, Skv, k_strides, BLOCK_KV, D, D_PAD, ALIGN, WIDE, CHECK_KV)
         # S = Q K^T    [BLOCK_Q, BLOCK_KV] f32
@@ -100,7 +100,7 @@ def forward_kernel(
     k_strides,
     v_strides,
     out_strides,
-    walk,  # (words, rows) of blocks/walk.py
+    walk,  # (words, rows) of blocks/walk.py; None without a map, and then num_words too
     num_words,
     map_strides,  # see map_of
     num_rows,  # see work_of
@@ -146,8 +146,8 @@ def forward_kernel(
     acc = tl.zeros([BLOCK_Q, DV_PAD], tl.float32)
     row_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_Q], tl.float32)
-    for IS_FULL in tl.static_range(2):
-        words, num_tiles = row_of(walk, num_words, first_row + row, IS_FULL)
+    for IS_FULL in tl.static_range(walk is None and IS_EVEN_KV, 2):
+        words, num_tiles = row_of(walk, num_words, first_row + row, Skv, TILE_KV, IS_FULL)
         acc, row_max, row_sum = softmax_steps(
             acc,
             row_max,

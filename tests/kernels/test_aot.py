@@ -33,5 +33,5 @@ def test_sample_compiles() -> None:
 
 def test_new_lengths_and_documents_compile_next_to_nothing() -> None:
     counts = json.loads(aot("--lengths", "200"))
-    assert set(counts) == {"forward", "delta", "dkdv", "dq", "classify", "walk", "order"}
+    assert set(counts) == {"forward", "dkdv", "dq", "classify", "walk", "order"}
     assert max(counts.values()) <= 2, counts  # tiles that are all whole, and tiles that are not

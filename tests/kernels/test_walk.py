@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from anymask.blocks.block_map import EMPTY, FULL, BlockMap
 from anymask.blocks.walk import Walk
 from anymask.kernels import launch
-from anymask.kernels.tile import first_tile, next_tile, row_of, tile_at, work_of
+from anymask.kernels.tile import first_tile, next_tile, row_of, start_of, work_of
 
 
 def coarse(kinds: torch.Tensor, factors: tuple[int, int], num_whole: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,12 +89,13 @@ def test_a_full_tile_over_the_end_of_the_keys_is_masked() -> None:
 
 
 @triton.jit
-def record_kernel(walk, num_words, row, steps_pointer, STEPS: tl.constexpr, IS_FULL: tl.constexpr):
+def record_kernel(walk, num_words, row, length, steps_pointer, STEPS: tl.constexpr, IS_FULL: tl.constexpr):
     """The first index of each step of a row, in tiles of 10 * STEPS and steps of 10, as the kernels compute it."""
-    words, num_tiles = row_of(walk, num_words, row, IS_FULL)
+    TILE: tl.constexpr = 10 * STEPS
+    words, num_tiles = row_of(walk, num_words, row, length, TILE, IS_FULL)
     bits, first, place, ahead = first_tile(words, num_words)
     for step in range(num_tiles * STEPS):
-        tl.store(steps_pointer + step, tile_at(bits, first) * 10 * STEPS + step % STEPS * 10)
+        tl.store(steps_pointer + step, start_of(num_words, bits, first, step, TILE, 10))
         bits, first, place, ahead = next_tile(words, num_words, bits, first, place, ahead, step, STEPS)
 
 
@@ -109,10 +110,21 @@ def test_kernels_walk_what_is_listed() -> None:
             tiles = listed(walk.words[0, 0, row, is_full], int(walk.rows[0, 0, row, is_full]))
             for num_steps in (1, 2, 4):
                 steps = torch.full((200 * num_steps,), -1, dtype=torch.int32)
-                arguments = (tuple(walk), walk.words.shape[-1], row, steps)
+                arguments = (tuple(walk), walk.words.shape[-1], row, 2000 * num_steps, steps)
                 record_kernel[(1,)](*arguments, STEPS=num_steps, IS_FULL=is_full)
                 expected = [(tile * num_steps + part) * 10 for tile in tiles for part in range(num_steps)]
                 assert steps.tolist()[: len(expected) + 1] == [*expected, -1][: 200 * num_steps]
+
+
+def test_without_a_map_all_tiles_are_walked_and_the_last_is_masked_where_it_hangs_over() -> None:
+    for length in (0, 5, 40, 45):
+        for num_steps in (1, 2):
+            num_whole, num_tiles = length // (10 * num_steps), -(-length // (10 * num_steps))
+            for is_full, tiles in ((1, range(num_whole)), (0, range(num_whole, num_tiles))):
+                steps = torch.full((10,), -1, dtype=torch.int32)
+                record_kernel[(1,)](None, None, 0, length, steps, STEPS=num_steps, IS_FULL=is_full)
+                expected = [(tile * num_steps + part) * 10 for tile in tiles for part in range(num_steps)]
+                assert steps.tolist() == expected + [-1] * (10 - len(expected))
 
 
 @triton.jit
