@@ -71,7 +71,13 @@ def dense_like(x: torch.Tensor, last: int, dtype: torch.dtype | None = None) -> 
     Laid out as [B, S, H, last] where x keeps the heads of one token together, else as [B, H, S, last], so that an
     output can be reshaped as its input could. One rule for kernels and fakes.
     """
-    B, H, S, _ = x.shape
-    if x.stride(1) < x.stride(2):
-        return x.new_empty(B, S, H, last, dtype=dtype or x.dtype).transpose(1, 2)
-    return x.new_empty(B, H, S, last, dtype=dtype or x.dtype)
+    strides = dense_strides(x.shape, x.stride(), last)
+    return torch.empty_strided((*x.shape[:3], last), strides, dtype=dtype or x.dtype, device=x.device)
+
+
+def dense_strides(shape: tuple[int, ...], strides: tuple[int, ...], last: int) -> tuple[int, int, int, int]:
+    """The strides of dense_like for an x of this shape and strides."""
+    _, H, S, _ = shape
+    if strides[1] < strides[2]:
+        return S * H * last, last, H * last, 1
+    return H * S * last, S * last, last, 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -21,8 +22,13 @@ class Bindings:
 
     def wide_slots(self) -> frozenset[int]:
         """Slots of captured tensors that reach 2^31 elements: offsets into them take 64 bits."""
-        return frozenset(
-            slot
-            for slot, x in enumerate(self.captures)
-            if sum(size * stride for size, stride in zip(x.shape, x.stride(), strict=True)) >= 1 << 31
-        )
+        return wide_slots((x.shape, x.stride()) for x in self.captures)
+
+
+def wide_slots(layouts: Iterable[tuple[tuple[int, ...], tuple[int, ...]]]) -> frozenset[int]:
+    """Bindings.wide_slots from the shapes and strides of captured tensors."""
+    return frozenset(
+        slot
+        for slot, (shape, strides) in enumerate(layouts)
+        if sum(size * stride for size, stride in zip(shape, strides, strict=True)) >= 1 << 31
+    )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from typing import Any
+import itertools
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from anymask.blocks import cache
 from anymask.blocks.block_map import BlockMap
 from anymask.blocks.walk import WORD, Walk
-from anymask.expr.bindings import Bindings
+from anymask.expr.bindings import Bindings, wide_slots
 from anymask.expr.emit import emit, emit_hide, odd
 from anymask.expr.emit_bounds import emit_bounds
 from anymask.expr.grad import derivative
@@ -22,11 +23,12 @@ from anymask.expr.mods import Mods
 from anymask.kernels.configs import Config
 from anymask.kernels.jit import jitted
 from anymask.kernels.plan import KERNELS, Plan, Shape, padded, walk_shapes
+from anymask.kernels.recipe import TENSOR, Layout, Recipe
 from anymask.kernels.triton_bwd import dkdv_kernel, dq_kernel
 from anymask.kernels.triton_fwd import forward_kernel
 from anymask.kernels.triton_map import classify_kernel
 from anymask.kernels.triton_walk import order_kernel, walk_kernel
-from anymask.problem import dense_like
+from anymask.problem import dense_like, dense_strides
 
 # Most tiles that one program bounds, of how many positions in all, and pairs that it evaluates at a time where it must;
 # with fewer programs than MAP_PROGRAMS several share such tiles. (8,192 pairs at a time cost 20% more compile time.)
@@ -35,58 +37,111 @@ MAP_ROWS, MAP_COLUMNS, MAP_POSITIONS, MAP_PAIRS, MAP_PROGRAMS = 8, 32, 4096, 409
 WALK_ROWS, WALK_COLUMNS, ORDER_ROWS, ORDER_OTHERS = 4, 256, 16, 256
 
 
+@dataclass(frozen=True, eq=False)
+class Likeness:
+    """What calls that differ in tensors alone have in common; one object for all of them (likeness), so that it is
+    found again by being itself.
+
+    maps: how many maps there are, by batch and by head; None without a mask.
+    """
+
+    q: Layout
+    k: Layout
+    v: Layout
+    captures: tuple[Layout, ...]
+    ints: tuple[int, ...]
+    floats: tuple[float, ...]
+    mods: Mods
+    maps: tuple[int, int] | None
+    tile: tuple[int, int]
+    plan: Plan
+    scale: float
+
+    @property
+    def is_nothing(self) -> bool:
+        """There is no query, or no key."""
+        return 0 in (*self.q.shape, self.k.shape[2])
+
+
+likeness = functools.lru_cache(maxsize=1024)(Likeness)
+
+
+class Prepared(NamedTuple):
+    """A call made ready: its kernels start for any q, k, v and captured tensors laid out as those it was made for.
+
+    walks: of KERNELS.
+    """
+
+    alike: Likeness
+    walks: tuple[Walk | None, ...]
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, captures: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """out [B, Hq, Sq, Dv] laid out as q (problem.dense_like), lse [B, Hq, Sq] float32, natural log.
+
+        A row that sees no key: out = 0, lse = -inf.
+        """
+        out = dense_like(q, self.alike.v.shape[3])
+        lse = torch.empty(self.alike.q.shape[:3], dtype=torch.float32, device=q.device)
+        if self.alike.is_nothing:
+            return out.zero_(), lse.fill_(float("-inf"))
+        _forward_recipe(self.alike)(q, k, v, out, lse, *(self.walks[0] or ()), *_readable(captures))
+        return out, lse
+
+    def backward(
+        self,
+        dout: Tensor,
+        dlse: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        captures: tuple[Tensor, ...],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk, dv, each in the shape and dtype of q, k, v, laid out by problem.dense_like.
+
+        dlse: the gradient of lse, or None for 0.
+        dq first: it leaves lse and delta of each row to dk and dv. Deterministic: each gradient tile has one program
+        that adds in the order of the map.
+        """
+        dq, dk, dv = (dense_like(x, x.shape[3]) for x in (q, k, v))
+        if self.alike.is_nothing:
+            return dq.zero_(), dk.zero_(), dv.zero_()
+        captures = tuple(_readable(captures))
+        # a hook on saved tensors (save_on_cpu) may bring them back with other strides than they had
+        strides = tuple([x.stride() for x in (q, k, v, out, dout)])
+        of_captures = tuple([x.stride() for x in captures])
+        dq_recipe, dkdv_recipe, padded_Sq = _backward_recipes(self.alike, strides, of_captures, dlse is not None)
+        rows = torch.empty(*out.shape[:2], padded_Sq, 2, dtype=torch.float32, device=q.device)
+        given = () if dlse is None else (dlse.contiguous(),)
+        _, columns, lines = self.walks
+        dq_recipe(q, k, v, out, dout, lse, *given, dq, rows, *(lines or ()), *captures)
+        dkdv_recipe(q, k, v, dout, dk, dv, rows, *(columns or ()), *captures)
+        return dq, dk, dv
+
+
+def prepare(
+    q: Tensor, k: Tensor, v: Tensor, mods: Mods, bindings: Bindings, blocks: BlockMap, plan: Plan, scale: float
+) -> Prepared:
+    alike = likeness(
+        *map(Layout.of, (q, k, v)),
+        tuple(map(Layout.of, _readable(bindings.captures))),
+        bindings.ints,
+        bindings.floats,
+        mods,
+        blocks.shape[:2] if mods.has_mask else None,
+        blocks.tile,
+        plan,
+        scale,
+    )
+    return Prepared(alike, tuple(walk for walk, _ in walks(blocks, plan, mods.has_mask).values()))
+
+
 def forward(
     q: Tensor, k: Tensor, v: Tensor, mods: Mods, bindings: Bindings, blocks: BlockMap, plan: Plan, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """out [B, Hq, Sq, Dv] laid out as q (problem.dense_like), lse [B, Hq, Sq] float32, natural log.
-
-    A row that sees no key: out = 0, lse = -inf.
-    """
-    B, Hq, Sq, D = q.shape
-    Hkv, Skv, Dv = v.shape[1:]
-    out = dense_like(q, Dv)
-    lse = torch.empty(B, Hq, Sq, dtype=torch.float32, device=q.device)
-    if out.shape.numel() == 0 or Skv == 0:
-        return out.zero_(), lse.fill_(float("-inf"))
-    config = _config(plan.forward)
-    walk, (tile_q, tile_kv) = walks(blocks, plan, mods.has_mask)["forward"]
-    num_rows = _ceil(Sq, tile_q)
-    arguments = _bind(bindings)
-    mask, score, _ = _functions(mods, arguments.wide, plan.is_ptx, has_gradient=False)
-    if score is None and scale <= 0:  # the identity: the kernel's short cut needs scale > 0
-        score = _function(mods.score, "score", arguments.wide, plan.is_ptx)
-    with _device_of(q):
-        forward_kernel[(B * Hq * num_rows * tile_q // config.BLOCK_Q,)](
-            q,
-            k,
-            v,
-            out,
-            lse,
-            q.stride(),
-            k.stride(),
-            v.stride(),
-            out.stride(),
-            *_walk_arguments(walk, num_rows, B * Hq, Hq // Hkv, Skv * (D + Dv) * q.itemsize, plan),
-            Hq,
-            Sq,
-            Skv,
-            scale,
-            arguments.values,
-            MASK=mask,
-            SCORE=score,
-            G=Hq // Hkv,
-            BLOCK_Q=config.BLOCK_Q,
-            BLOCK_KV=config.BLOCK_KV,
-            TILE_Q=tile_q,
-            TILE_KV=tile_kv,
-            IS_EVEN_KV=Skv % tile_kv == 0,
-            PRECISION=plan.precision,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            **_head_dims(D, Dv),
-            **_addressing(q.stride(), k.stride(), v.stride(), out.stride()),
-        )
-    return out, lse
+    """Prepared.forward, once."""
+    return prepare(q, k, v, mods, bindings, blocks, plan, scale).forward(q, k, v, bindings.captures)
 
 
 def backward(
@@ -103,26 +158,89 @@ def backward(
     plan: Plan,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv, each in the shape and dtype of q, k, v, laid out by problem.dense_like.
+    """Prepared.backward, once."""
+    prepared = prepare(q, k, v, mods, bindings, blocks, plan, scale)
+    return prepared.backward(dout, dlse, q, k, v, out, lse, bindings.captures)
 
-    dlse: the gradient of lse, or None for 0.
-    dq first: it leaves lse and delta of each row to dk and dv. Deterministic: each gradient tile has one program that
-    adds in the order of the map.
+
+@functools.lru_cache(maxsize=1024)
+def _forward_recipe(alike: Likeness) -> Recipe:
+    """For q, k, v, out, lse, the walk's tensors, captured ones."""
+    plan, scale = alike.plan, alike.scale
+    B, Hq, Sq, D = alike.q.shape
+    Hkv, Skv, Dv = alike.v.shape[1:]
+    out = dense_strides(alike.q.shape, alike.q.strides, Dv)
+    config = _config(plan.forward)
+    tile_q, tile_kv = walk_shapes(plan, alike.tile)[0][0]
+    num_rows = _ceil(Sq, tile_q)
+    bindings, wide = _bind(alike.captures, alike.ints, alike.floats)
+    mask, score, _ = _functions(alike.mods, wide, plan.is_ptx, has_gradient=False)
+    if score is None and scale <= 0:  # the identity: the kernel's short cut needs scale > 0
+        score = _function(alike.mods.score, "score", wide, plan.is_ptx)
+    head_bytes = Skv * (D + Dv) * alike.q.dtype.itemsize
+    return Recipe(
+        alike.q.device,
+        forward_kernel,
+        B * Hq * num_rows * tile_q // config.BLOCK_Q,
+        TENSOR,
+        TENSOR,
+        TENSOR,
+        TENSOR,
+        TENSOR,
+        alike.q.strides,
+        alike.k.strides,
+        alike.v.strides,
+        out,
+        *_walk_arguments(alike.maps, _ceil(Skv, tile_kv), num_rows, B * Hq, Hq // Hkv, head_bytes, plan),
+        Hq,
+        Sq,
+        Skv,
+        scale,
+        bindings,
+        MASK=mask,
+        SCORE=score,
+        G=Hq // Hkv,
+        BLOCK_Q=config.BLOCK_Q,
+        BLOCK_KV=config.BLOCK_KV,
+        TILE_Q=tile_q,
+        TILE_KV=tile_kv,
+        IS_EVEN_KV=Skv % tile_kv == 0,
+        PRECISION=plan.precision,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        **_head_dims(D, Dv),
+        **_addressing(alike.q.strides, alike.k.strides, alike.v.strides, out),
+    )
+
+
+Strides = tuple[int, ...]
+
+
+@functools.lru_cache(maxsize=1024)
+def _backward_recipes(
+    alike: Likeness, strides: tuple[Strides, ...], of_captures: tuple[Strides, ...], has_dlse: bool
+) -> tuple[Recipe, Recipe, int]:
+    """dQ's, for q, k, v, out, dout, lse, dlse if there is one, dq, rows, the walk's tensors, captured ones; that of dK
+    and dV, for q, k, v, dout, dk, dv, rows and again those; and how many rows there are.
+
+    strides: of q, k, v, out and dout.
     """
-    B, Hq, Sq, D = q.shape
-    Hkv, Skv, Dv = v.shape[1:]
-    dq, dk, dv = dense_like(q, D), dense_like(k, D), dense_like(v, Dv)
-    if B == 0 or Hq == 0 or Sq == 0 or Skv == 0:
-        return dq.zero_(), dk.zero_(), dv.zero_()
-    arguments = _bind(bindings)
-    mask, score, score_gradient = _functions(mods, arguments.wide, plan.is_ptx, has_gradient=True)
+    plan, scale = alike.plan, alike.scale
+    B, Hq, Sq, D = alike.q.shape
+    Hkv, Skv, Dv = alike.v.shape[1:]
     G = Hq // Hkv
+    q, k, v, out, dout = strides
+    dq, dk, dv = (
+        dense_strides(x.shape, of_x, x.shape[3]) for x, of_x in zip((alike.q, alike.k, alike.v), strides, strict=False)
+    )
+    captures = tuple(x._replace(strides=of_x) for x, of_x in zip(alike.captures, of_captures, strict=True))
+    bindings, wide = _bind(captures, alike.ints, alike.floats)
+    mask, score, score_gradient = _functions(alike.mods, wide, plan.is_ptx, has_gradient=True)
     dkdv, dq_config = _config(plan.dkdv), _config(plan.dq)
-    of_kernel = walks(blocks, plan, mods.has_mask)
-    (columns, columns_tile), (lines, lines_tile) = of_kernel["dkdv"], of_kernel["dq"]
+    _, (columns_tile, _), (lines_tile, _) = walk_shapes(plan, alike.tile)
     num_columns, num_lines = _ceil(Skv, columns_tile[1]), _ceil(Sq, lines_tile[0])
     padded_Sq = _ceil(Sq, columns_tile[0]) * columns_tile[0]
-    rows = torch.empty(B, Hq, padded_Sq, 2, dtype=torch.float32, device=q.device)
+    row_bytes = (D + Dv) * alike.q.dtype.itemsize
     shared = dict(
         MASK=mask,
         SCORE=score,
@@ -130,72 +248,77 @@ def backward(
         G=G,
         PRECISION=plan.precision,
         **_head_dims(D, Dv),
-        **_addressing(*(x.stride() for x in (q, k, v, out, dout, dq, dk, dv))),
+        **_addressing(*strides, dq, dk, dv),
     )
-    with _device_of(q):
-        dq_kernel[(B * Hq * num_lines * lines_tile[0] // dq_config.BLOCK_Q,)](
-            q,
-            k,
-            v,
-            out,
-            dout,
-            lse,
-            None if dlse is None else dlse.contiguous(),
-            dq,
-            rows,
-            q.stride(),
-            k.stride(),
-            v.stride(),
-            out.stride(),
-            dout.stride(),
-            dq.stride(),
-            *_walk_arguments(lines, num_lines, B * Hq, G, Skv * (D + Dv) * q.itemsize, plan),
-            Hq,
-            Sq,
-            Skv,
-            padded_Sq,
-            scale,
-            arguments.values,
-            BLOCK_Q=dq_config.BLOCK_Q,
-            BLOCK_KV=dq_config.BLOCK_KV,
-            TILE_Q=lines_tile[0],
-            TILE_KV=lines_tile[1],
-            IS_EVEN_KV=Skv % lines_tile[1] == 0,
-            num_warps=dq_config.num_warps,
-            num_stages=dq_config.num_stages,
-            **shared,
-        )
-        dkdv_kernel[(B * Hkv * num_columns * columns_tile[1] // dkdv.BLOCK_KV,)](
-            q,
-            k,
-            v,
-            dout,
-            dk,
-            dv,
-            rows,
-            q.stride(),
-            k.stride(),
-            v.stride(),
-            dout.stride(),
-            dk.stride(),
-            dv.stride(),
-            *_walk_arguments(columns, num_columns, B * Hkv, 1, Sq * G * (D + Dv) * q.itemsize, plan),
-            Hkv,
-            Sq,
-            Skv,
-            padded_Sq,
-            scale,
-            arguments.values,
-            BLOCK_Q=dkdv.BLOCK_Q,
-            BLOCK_KV=dkdv.BLOCK_KV,
-            TILE_Q=columns_tile[0],
-            TILE_KV=columns_tile[1],
-            IS_EVEN_Q=Sq % columns_tile[0] == 0,
-            num_warps=dkdv.num_warps,
-            num_stages=dkdv.num_stages,
-            **shared,
-        )
-    return dq, dk, dv
+    dq_recipe = Recipe(
+        alike.q.device,
+        dq_kernel,
+        B * Hq * num_lines * lines_tile[0] // dq_config.BLOCK_Q,
+        TENSOR,
+        TENSOR,
+        TENSOR,
+        TENSOR,
+        TENSOR,
+        TENSOR,
+        TENSOR if has_dlse else None,
+        TENSOR,
+        TENSOR,
+        q,
+        k,
+        v,
+        out,
+        dout,
+        dq,
+        *_walk_arguments(alike.maps, _ceil(Skv, lines_tile[1]), num_lines, B * Hq, G, Skv * row_bytes, plan),
+        Hq,
+        Sq,
+        Skv,
+        padded_Sq,
+        scale,
+        bindings,
+        BLOCK_Q=dq_config.BLOCK_Q,
+        BLOCK_KV=dq_config.BLOCK_KV,
+        TILE_Q=lines_tile[0],
+        TILE_KV=lines_tile[1],
+        IS_EVEN_KV=Skv % lines_tile[1] == 0,
+        num_warps=dq_config.num_warps,
+        num_stages=dq_config.num_stages,
+        **shared,
+    )
+    dkdv_recipe = Recipe(
+        alike.q.device,
+        dkdv_kernel,
+        B * Hkv * num_columns * columns_tile[1] // dkdv.BLOCK_KV,
+        TENSOR,
+        TENSOR,
+        TENSOR,
+        TENSOR,
+        TENSOR,
+        TENSOR,
+        TENSOR,
+        q,
+        k,
+        v,
+        dout,
+        dk,
+        dv,
+        *_walk_arguments(alike.maps, _ceil(Sq, columns_tile[0]), num_columns, B * Hkv, 1, Sq * G * row_bytes, plan),
+        Hkv,
+        Sq,
+        Skv,
+        padded_Sq,
+        scale,
+        bindings,
+        BLOCK_Q=dkdv.BLOCK_Q,
+        BLOCK_KV=dkdv.BLOCK_KV,
+        TILE_Q=columns_tile[0],
+        TILE_KV=columns_tile[1],
+        IS_EVEN_Q=Sq % columns_tile[0] == 0,
+        num_warps=dkdv.num_warps,
+        num_stages=dkdv.num_stages,
+        **shared,
+    )
+    return dq_recipe, dkdv_recipe, padded_Sq
 
 
 def walks(blocks: BlockMap, plan: Plan, has_mask: bool = True) -> dict[str, tuple[Walk | None, tuple[int, int]]]:
@@ -213,56 +336,75 @@ def walks(blocks: BlockMap, plan: Plan, has_mask: bool = True) -> dict[str, tupl
 
 def make_walks(blocks: BlockMap, *shapes: Shape) -> tuple[Walk, ...]:
     """Up to three walks of a map, one for each shape; equal shapes share one."""
-    kinds = blocks.kinds
-    Bm, Hm, num_q, num_kv = kinds.shape
-    made: dict[Shape, Walk] = {}
-    arguments: list[Any] = []
-    all_rows: list[Tensor] = []
+    layouts, recipes = _walk_recipes(blocks.kinds.shape, blocks.device, blocks.tile, blocks.Skv, shapes)
+    walks = [
+        Walk(
+            torch.empty(words, dtype=torch.int64, device=blocks.device),
+            torch.empty(rows, dtype=torch.int32, device=blocks.device),
+        )
+        for words, rows in layouts.values()
+    ]
+    if recipes:
+        walk_recipe, order_recipe = recipes
+        unused = 3 - len(walks)
+        walk_recipe(blocks.kinds, *itertools.chain(*walks, *walks[:1] * unused))
+        order_recipe(*[rows for _, rows in (*walks, *walks[:1] * unused)])
+    made = dict(zip(layouts, walks, strict=True))
+    return tuple([made[shape] for shape in shapes])
+
+
+@functools.lru_cache(maxsize=1024)
+def _walk_recipes(
+    kinds: tuple[int, ...], device: torch.device, tile: tuple[int, int], Skv: int, shapes: tuple[Shape, ...]
+) -> tuple[dict[Shape, tuple[Any, Any]], tuple[Recipe, Recipe] | None]:
+    """By shape the sizes of a walk's tensors, and the two recipes, None where there is nothing to do: for the kinds and
+    the tensors of three walks; for the rows of three. What is missing of three walks has no program.
+    """
+    Bm, Hm, num_q, num_kv = kinds
+    layouts: dict[Shape, tuple[Any, Any]] = {}
+    numbers: list[tuple[int, int, int]] = []
     lengths: list[int] = []
-    for shape in shapes:
-        if shape in made:
-            continue
+    for shape in dict.fromkeys(shapes):
         (tile_q, tile_kv), is_kv_row = shape
-        q_tiles, kv_tiles = tile_q // blocks.tile[0], tile_kv // blocks.tile[1]
+        q_tiles, kv_tiles = tile_q // tile[0], tile_kv // tile[1]
         num_rows, num_columns = _ceil(num_q, q_tiles), _ceil(num_kv, kv_tiles)
         if is_kv_row:
             num_rows, num_columns = num_columns, num_rows
-        words = torch.empty(Bm, Hm, num_rows, 2, _ceil(num_columns, WORD), dtype=torch.int64, device=kinds.device)
-        rows = torch.empty(Bm, Hm, num_rows, 3, dtype=torch.int32, device=kinds.device)
-        made[shape] = Walk(words, rows)
-        arguments += [words, rows, q_tiles, kv_tiles, int(is_kv_row)]
-        all_rows.append(rows)
+        layouts[shape] = (Bm, Hm, num_rows, 2, _ceil(num_columns, WORD)), (Bm, Hm, num_rows, 3)
+        numbers.append((q_tiles, kv_tiles, int(is_kv_row)))
         lengths.append(num_rows)
-    if kinds.numel() > 0:
-        unused = 3 - len(made)
-        walkers, rankers = (
-            Bm * Hm * sum(_ceil(length, size) for length in lengths) for size in (WALK_ROWS, ORDER_ROWS)
-        )
-        with _device_of(kinds):
-            walk_kernel[(walkers,)](
-                kinds,
-                Bm * Hm,
-                num_q,
-                num_kv,
-                blocks.tile[1],
-                blocks.Skv,
-                *arguments,
-                *arguments[:5] * unused,  # of no program
-                ROWS=WALK_ROWS,
-                COLUMNS=WALK_COLUMNS,
-                num_warps=4,
-            )
-            order_kernel[(rankers,)](
-                *all_rows,
-                *all_rows[:1] * unused,
-                Bm * Hm,
-                *lengths,
-                *[0] * unused,
-                ROWS=ORDER_ROWS,
-                OTHERS=ORDER_OTHERS,
-                num_warps=4,
-            )
-    return tuple(made[shape] for shape in shapes)
+    if 0 in kinds:
+        return layouts, None
+    unused = 3 - len(lengths)
+    walkers, rankers = (Bm * Hm * sum(_ceil(length, size) for length in lengths) for size in (WALK_ROWS, ORDER_ROWS))
+    walk_recipe = Recipe(
+        device,
+        walk_kernel,
+        walkers,
+        TENSOR,
+        Bm * Hm,
+        num_q,
+        num_kv,
+        tile[1],
+        Skv,
+        *[argument for of_walk in (*numbers, *numbers[:1] * unused) for argument in (TENSOR, TENSOR, *of_walk)],
+        ROWS=WALK_ROWS,
+        COLUMNS=WALK_COLUMNS,
+        num_warps=4,
+    )
+    order_recipe = Recipe(
+        device,
+        order_kernel,
+        rankers,
+        *[TENSOR] * 3,
+        Bm * Hm,
+        *lengths,
+        *[0] * unused,
+        ROWS=ORDER_ROWS,
+        OTHERS=ORDER_OTHERS,
+        num_warps=4,
+    )
+    return layouts, (walk_recipe, order_recipe)
 
 
 def classify(mask: Expr, bindings: Bindings, grid: Grid) -> Tensor:
@@ -271,8 +413,18 @@ def classify(mask: Expr, bindings: Bindings, grid: Grid) -> Tensor:
     A captured tensor that is read at a bare index must hold all of it (ops.check_reads).
     """
     kinds = torch.empty(grid.shape, dtype=torch.int8, device=grid.device)
-    if kinds.numel() == 0:
-        return kinds
+    if kinds.numel() > 0:
+        captures = _readable(bindings.captures)
+        layouts = tuple(map(Layout.of, captures))
+        _classify_recipe(mask, layouts, bindings.ints, bindings.floats, grid)(kinds, *captures)
+    return kinds
+
+
+@functools.lru_cache(maxsize=1024)
+def _classify_recipe(
+    mask: Expr, captures: tuple[Layout, ...], ints: tuple[int, ...], floats: tuple[float, ...], grid: Grid
+) -> Recipe:
+    """For the kinds and captured tensors."""
     B, H, num_q, num_kv = grid.shape
     tile_q, tile_kv = grid.tile
     padded_q, padded_kv = _power_of_two(tile_q), _power_of_two(tile_kv)
@@ -281,51 +433,49 @@ def classify(mask: Expr, bindings: Bindings, grid: Grid) -> Tensor:
     num_blocks = B * H * _ceil(num_q, rows) * _ceil(num_kv, columns)
     row_shares = max(1, min(rows, MAP_PROGRAMS // num_blocks))
     column_shares = max(1, min(columns, MAP_PROGRAMS // (num_blocks * row_shares)))
-    arguments = _bind(bindings)
-    bounds, function = _map_functions(mask, arguments.wide)
+    bound, wide = _bind(captures, ints, floats)
+    bounds, function = _map_functions(mask, wide)
     block_kv = min(padded_kv, 128)
-    with _device_of(kinds):
-        classify_kernel[(num_blocks * row_shares * column_shares,)](
-            kinds,
-            H,
-            num_q,
-            num_kv,
-            grid.Sq,
-            grid.Skv,
-            row_shares,
-            column_shares,
-            arguments.values,
-            BOUNDS=bounds,
-            MASK=function,
-            TILE_Q=tile_q,
-            TILE_KV=tile_kv,
-            PADDED_Q=padded_q,
-            PADDED_KV=padded_kv,
-            BLOCK_Q=min(padded_q, MAP_PAIRS // block_kv),
-            BLOCK_KV=block_kv,
-            ROWS=rows,
-            COLUMNS=columns,
-            IS_EVEN_Q=tile_q == padded_q and grid.Sq % tile_q == 0,
-            IS_EVEN_KV=tile_kv == padded_kv and grid.Skv % tile_kv == 0,
-            num_warps=4,
-        )
-    return kinds
+    return Recipe(
+        grid.device,
+        classify_kernel,
+        num_blocks * row_shares * column_shares,
+        TENSOR,
+        H,
+        num_q,
+        num_kv,
+        grid.Sq,
+        grid.Skv,
+        row_shares,
+        column_shares,
+        bound,
+        BOUNDS=bounds,
+        MASK=function,
+        TILE_Q=tile_q,
+        TILE_KV=tile_kv,
+        PADDED_Q=padded_q,
+        PADDED_KV=padded_kv,
+        BLOCK_Q=min(padded_q, MAP_PAIRS // block_kv),
+        BLOCK_KV=block_kv,
+        ROWS=rows,
+        COLUMNS=columns,
+        IS_EVEN_Q=tile_q == padded_q and grid.Sq % tile_q == 0,
+        IS_EVEN_KV=tile_kv == padded_kv and grid.Skv % tile_kv == 0,
+        num_warps=4,
+    )
 
 
-class _Arguments:
-    """Bindings as kernels take them. wide: slots whose offsets take 64 bits."""
-
-    def __init__(self, bindings: Bindings) -> None:
-        captures = []
-        for tensor in bindings.captures:
-            if tensor.dtype == torch.float64:
-                tensor = tensor.float()  # read as float32 anyway, and in half the shared memory
-            captures.append((tensor, tuple(odd(size) for size in tensor.shape), tensor.stride()))
-        self.values = (tuple(captures), tuple(odd(n) for n in bindings.ints), bindings.floats)
-        self.wide = bindings.wide_slots()
+def _readable(captures: tuple[Tensor, ...]) -> list[Tensor]:
+    """float64 as float32: it is read so anyway, and takes half the shared memory."""
+    return [x.float() if x.dtype is torch.float64 else x for x in captures]
 
 
-_bind = _Arguments
+def _bind(
+    captures: tuple[Layout, ...], ints: tuple[int, ...], floats: tuple[float, ...]
+) -> tuple[tuple[Any, ...], frozenset[int]]:
+    """Bindings as kernels take them, and the slots whose offsets take 64 bits."""
+    tensors = tuple((TENSOR, tuple(odd(size) for size in x.shape), x.strides) for x in captures)
+    return (tensors, tuple(odd(n) for n in ints), floats), wide_slots((x.shape, x.strides) for x in captures)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -354,18 +504,18 @@ def _map_functions(mask: Expr, wide: frozenset[int]) -> tuple[Any, Any]:
 
 
 def _walk_arguments(
-    walk: Walk | None, num_rows: int, num_heads: int, G: int, head_bytes: int, plan: Plan
+    maps: tuple[int, int] | None, num_columns: int, num_rows: int, num_heads: int, G: int, head_bytes: int, plan: Plan
 ) -> tuple[Any, ...]:
     """walk, num_words, map_strides, num_rows, num_heads, heads_together of kernels/tile.py.
 
     head_bytes: what the programs of G heads read in common.
     """
     together = min(G * max(1, plan.shared_bytes // max(head_bytes, 1)), num_heads)
-    if walk is None:
+    if maps is None:
         return None, None, (0, 0), num_rows, num_heads, together
-    Bm, Hm, _, _, num_words = walk.words.shape
+    Bm, Hm = maps
     strides = (Hm if Bm > 1 else 0, 1 if Hm > 1 else 0)
-    return walk, num_words, strides, num_rows, num_heads, together
+    return (TENSOR, TENSOR), _ceil(num_columns, WORD), strides, num_rows, num_heads, together
 
 
 def _head_dims(D: int, Dv: int) -> dict[str, int]:
@@ -392,13 +542,3 @@ def _ceil(x: int, y: int) -> int:
 def _power_of_two(x: int) -> int:
     """The smallest power of two from x on."""
     return 1 << (x - 1).bit_length()
-
-
-_NOTHING = contextlib.nullcontext()
-
-
-def _device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device: make it the tensors'."""
-    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
-        return _NOTHING
-    return torch.cuda.device(x.device)

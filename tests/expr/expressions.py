@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
 
 from anymask.expr.bindings import Bindings
 from anymask.expr.ir import DType, Expr, Op, apply, cast, const, index
+from anymask.kernels.launch import _bind, _readable
+from anymask.kernels.recipe import Layout, _filler
 
 BOOL, INT32, INT64, FLOAT = DType
 FUNCTIONS = (
@@ -79,3 +82,10 @@ def bindings(seed: int) -> Bindings:
     wide = torch.randint(-(2**40), 2**40, (9,), generator=generator)
     wide[0] = -(2**63)
     return Bindings((ids, floats, bools, wide), **NUMBERS)
+
+
+def as_kernels_take(bindings: Bindings) -> Any:
+    """(captures, ints, floats), the `bindings` argument of a kernel."""
+    captures = _readable(bindings.captures)
+    values, _ = _bind(tuple(map(Layout.of, captures)), bindings.ints, bindings.floats)
+    return _filler(values)(captures)

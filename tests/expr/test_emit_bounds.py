@@ -26,9 +26,8 @@ from anymask.expr.ir import DType, Expr, Op, apply, cast, const, index
 from anymask.expr.mods import Mods, text_of
 from anymask.expr.trace import trace
 from anymask.kernels.jit import jitted
-from anymask.kernels.launch import _bind
 from anymask.kernels.triton_map import positions
-from tests.expr.expressions import COMPARE, FLOAT, INT32, INT64, bindings, expressions
+from tests.expr.expressions import COMPARE, FLOAT, INT32, INT64, as_kernels_take, bindings, expressions
 from tests.expr.test_interval import check, grids, mixed_operations
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -87,7 +86,7 @@ def emitted_bounds(expr: Expr, bound: Bindings, grid: Grid, is_wide: bool = Fals
     lo, hi = (torch.empty(grid.B, grid.H, SIDE, SIDE, dtype=kind, device=DEVICE) for _ in range(2))
     wide = frozenset(range(len(bound.captures))) if is_wide else frozenset()
     fn = jitted(emit_bounds(expr, "bounds", wide), "bounds")
-    arguments = (lo, hi, grid.Sq, grid.Skv, _bind(bound).values)
+    arguments = (lo, hi, grid.Sq, grid.Skv, as_kernels_take(bound))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # numpy in the interpreter: overflow, nan
         bounds_kernel[(grid.B, grid.H)](*arguments, BOUNDS=fn, TILE_Q=grid.tile[0], TILE_KV=grid.tile[1], SIDE=SIDE)
@@ -101,7 +100,7 @@ def emitted_value(expr: Expr, bound: Bindings, grid: Grid) -> torch.Tensor:
     fn = jitted(emit(expr, "value"), "value")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        value_kernel[(grid.B, grid.H)](value, _bind(bound).values, VALUE=fn, SIDE=SIDE, IS_FLOAT=expr.dtype is FLOAT)
+        value_kernel[(grid.B, grid.H)](value, as_kernels_take(bound), VALUE=fn, SIDE=SIDE, IS_FLOAT=expr.dtype is FLOAT)
     return value[..., : grid.Sq, : grid.Skv].cpu()
 
 

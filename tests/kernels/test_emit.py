@@ -19,7 +19,7 @@ from anymask.expr.emit import BOOL_TEMPLATES, TEMPLATES, emit
 from anymask.expr.evaluate import evaluate
 from anymask.expr.ir import SCORE, TRUE, DType, Expr, Op, apply, cast, const, index
 from anymask.kernels.jit import jitted
-from anymask.kernels.launch import _bind
+from tests.expr.expressions import as_kernels_take
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BLOCK = 16
@@ -49,7 +49,7 @@ def run(expr: Expr, bindings: Bindings, score: Tensor, b: int, h: int, q: int, k
     fn = jitted(emit(expr, "function", slots), "function")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # numpy in the interpreter: overflow, nan
-        tile_kernel[(1,)](result, score, b, h, q, kv, _bind(bindings).values, FN=fn, HAS_SCORE=expr.dtype is FLOAT)
+        tile_kernel[(1,)](result, score, b, h, q, kv, as_kernels_take(bindings), FN=fn, HAS_SCORE=expr.dtype is FLOAT)
     return result
 
 

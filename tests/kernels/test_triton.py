@@ -175,8 +175,10 @@ def test_wide_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
     """The 64-bit variants of the address arithmetic give the same."""
     addressing = launch._addressing
     monkeypatch.setattr(launch, "_addressing", lambda *strides: addressing(*strides) | {"WIDE": True})
+    launch._forward_recipe.cache_clear()
+    launch._backward_recipes.cache_clear()
     compute(causal(), None, inputs(1, 2, 1, 40, 40, 24, 16, torch.float32, DEVICE))
-    assert launch._bind(Bindings((torch.empty_strided((2, 2**31), (2**31, 1), device="meta"),))).wide == {0}
+    assert Bindings((torch.empty_strided((2, 2**31), (2**31, 1), device="meta"),)).wide_slots() == {0}
     assert not addressing((2**40, 2**40, 0, 0))["WIDE"] and addressing((1, 1, 2**23, 1))["WIDE"]
 
 
