@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -61,29 +61,12 @@ def attention(
     Raises InputError, MaskError or UnsupportedError.
     """
     q, k, v = _autocast(q, k, v)
-    problem = Problem.of(q, k, v)
-    if block_map is None:
-        program = _trace(mask, score_mod, problem.device)
-        tile = default_tile(problem.device.type, max(problem.Sq, problem.Skv))
-        block_map = _find_map(program, problem.B, problem.Hq, problem.Sq, problem.Skv, tile, problem.device)
-    else:
-        program = _trace_with(block_map, mask, score_mod, problem)
-    out, lse = ops.attention(
-        q,
-        k,
-        v,
-        program.bindings.captures,
-        program.bindings.ints,
-        program.bindings.floats,
-        text_of(program.mask, program.score),
-        block_map.kinds,
-        block_map.tile,
-        1.0 / math.sqrt(problem.D) if scale is None else scale,
-        backend,
-        None if config is None else _config_text(config),
-        deterministic,
-    )
-    return (out, lse) if return_lse else out
+    how = (scale, backend, None if config is None else _config_text(config), deterministic)
+    result = _prepared_attention(q, k, v, mask, score_mod, block_map, how)
+    if result is None:
+        program = _program(q, k, v, mask, score_mod, block_map)
+        result = ops.attention(q, k, v, *_arguments(q, k, v, program, block_map, how))
+    return result if return_lse else result[0]
 
 
 def block_map(
@@ -139,6 +122,81 @@ def select(blocks: BlockMap, mask: MaskFunction | Tensor) -> BlockMap:
         bindings=bindings,
         built_from=cache.identities(bindings.captures),
         is_selection=False,
+    )
+
+
+How = tuple[float | None, str | None, str | None, bool | None]  # scale, backend, config, deterministic
+
+
+def _prepared_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: MaskFunction | Tensor | None,
+    score_mod: ScoreFunction | None,
+    given: BlockMap | None,
+    how: How,
+) -> tuple[Tensor, Tensor] | None:
+    """out and lse by kernels that a call like this one has made ready, or that are now; None where it cannot be.
+
+    Checks, map, plan and walks of a repeated call are one look-up.
+    """
+    if not ops.is_direct(q, k, v) or not (q.is_cuda or how[1] == "triton"):
+        return None
+    program = _program(q, k, v, mask, score_mod, given)
+    captures = program.bindings.captures
+    what: Hashable = (
+        *(q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride()),
+        *(q.dtype, k.dtype, v.dtype, k.device, v.device),
+        *(program.mask, program.score, program.bindings.ints, program.bindings.floats),
+        *how,
+        torch.get_float32_matmul_precision(),  # ops.prepare's plan depends on it
+    )
+    # a given map is what it is, whatever the captured tensors hold now (_program has compared that)
+    watched = captures if given is None else (given.kinds,)
+    if given is not None:
+        what = (what, given.tile, cache.places(captures))
+    prepared = cache.find(
+        what,
+        q.device,
+        watched,
+        lambda: ops.prepare(q, k, v, *_arguments(q, k, v, program, given, how)),
+        is_ours=given is not None,
+    )
+    return None if prepared is None else ops.PreparedAttention.apply(q, k, v, captures, prepared)
+
+
+def _program(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: MaskFunction | Tensor | None,
+    score_mod: ScoreFunction | None,
+    given: BlockMap | None,
+) -> Trace:
+    if given is not None:
+        return _trace_with(given, mask, score_mod, Problem.of(q, k, v))
+    return _trace(mask, score_mod, q.device)
+
+
+def _arguments(q: Tensor, k: Tensor, v: Tensor, program: Trace, given: BlockMap | None, how: How) -> tuple[Any, ...]:
+    """What the op `forward` takes besides q, k, v."""
+    problem = Problem.of(q, k, v)
+    blocks = given
+    if blocks is None:
+        tile = default_tile(problem.device.type, max(problem.Sq, problem.Skv))
+        blocks = _find_map(program, problem.B, problem.Hq, problem.Sq, problem.Skv, tile, problem.device)
+    scale, *rest = how
+    bindings = program.bindings
+    return (
+        bindings.captures,
+        bindings.ints,
+        bindings.floats,
+        text_of(program.mask, program.score),
+        blocks.kinds,
+        blocks.tile,
+        1.0 / math.sqrt(problem.D) if scale is None else scale,
+        *rest,
     )
 
 

@@ -14,10 +14,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from anymask import eager, reference
 from anymask.blocks.block_map import BlockMap
@@ -27,6 +28,9 @@ from anymask.expr.bindings import Bindings
 from anymask.expr.mods import Mods
 from anymask.kernels.plan import Plan, arch_of, choose
 from anymask.problem import Problem, dense_like
+
+if TYPE_CHECKING:
+    from anymask.kernels.launch import Prepared
 
 _LIBRARY = torch.library.Library("anymask", "DEF")
 _PROGRAM = "Tensor[] captures, SymInt[] ints, float[] floats, str text"
@@ -241,6 +245,65 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *program_and_how: Any) -> tuple[T
     if torch.compiler.is_compiling():
         return forward(q, k, v, *program_and_how)
     return _Attention.apply(q, k, v, program_and_how)
+
+
+def is_direct(*tensors: Tensor) -> bool:
+    """Nobody watches or changes what is called with these tensors, so that an op may be passed by.
+
+    Such are torch.compile, a dispatch mode (fake tensors, selective checkpointing), a functorch transform, and a class
+    of tensors of its own.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and _get_current_dispatch_mode() is None
+        and not torch._C._are_functorch_transforms_active()
+        and all([type(x) in (Tensor, torch.nn.Parameter) for x in tensors])
+    )
+
+
+def prepare(q: Tensor, k: Tensor, v: Tensor, *program_and_how: Any) -> Prepared | None:
+    """The Triton kernels of a call, made ready for all calls like it; None where another backend runs it."""
+    call = _Call.of(Problem.of(q, k, v), *program_and_how)
+    if call.plan.backend != "triton":
+        return None
+    from anymask.kernels import launch
+
+    return launch.prepare(q, k, v, call.mods, call.bindings, call.blocks, call.plan, call.scale)
+
+
+class PreparedAttention(torch.autograd.Function):
+    """What a prepared call computes, with its gradient, past the ops: apply(q, k, v, captures, prepared)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, captures: tuple[Tensor, ...], prepared: Prepared
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = prepared.forward(q, k, v, captures)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, out, lse, *captures)
+        ctx.prepared = prepared
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+        q, k, v, out, lse, *captures = ctx.saved_tensors
+        if dout is None:
+            dout = torch.zeros_like(out)
+        # create_graph=True: that there is no second derivative is said only to who asks for it
+        saved = (dout, dlse, q, k, v, out, lse, captures)
+        if torch.is_grad_enabled():
+            return (*_PreparedGradient.apply(ctx.prepared, *saved), None, None)
+        return (*ctx.prepared.backward(*saved), None, None)
+
+
+class _PreparedGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, prepared: Prepared, *saved: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return prepared.backward(*saved)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        _no_second_derivative(ctx, *gradients)
 
 
 def _no_second_derivative(ctx: Any, *gradients: Any) -> Any:

@@ -64,7 +64,7 @@ def find(
         return build()
     # a map is ready for the stream that it was built on, and for no other without waiting
     stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else None
-    key = (what, device, stream, _places(captures))
+    key = (what, device, stream, places(captures))
     versions = _versions(captures)
     with _lock:
         entry = _entries.get(key)
@@ -114,10 +114,10 @@ def _is_private(captures: tuple[Tensor, ...], is_ours: bool) -> bool:
 
 def identities(captures: tuple[Tensor, ...]) -> Hashable:
     """What tells captured tensors, and what they hold, apart. One made in inference mode shows no change in place."""
-    return _places(captures), _versions(captures)
+    return places(captures), _versions(captures)
 
 
-def _places(captures: tuple[Tensor, ...]) -> tuple[Hashable, ...]:
+def places(captures: tuple[Tensor, ...]) -> tuple[Hashable, ...]:
     return tuple((x.untyped_storage()._cdata, x.storage_offset(), x.shape, x.stride(), x.dtype) for x in captures)
 
 
