@@ -64,8 +64,12 @@ def attention(
     how = (scale, backend, None if config is None else _config_text(config), deterministic)
     result = _prepared_attention(q, k, v, mask, score_mod, block_map, how)
     if result is None:
-        program = _program(q, k, v, mask, score_mod, block_map)
-        result = ops.attention(q, k, v, *_arguments(q, k, v, program, block_map, how))
+        problem = Problem.of(q, k, v)
+        if block_map is None:
+            program = _trace(mask, score_mod, problem.device)
+        else:
+            program = _trace_with(block_map, mask, score_mod, problem)
+        result = ops.attention(q, k, v, *_arguments(problem, program, block_map, how))
     return result if return_lse else result[0]
 
 
@@ -143,7 +147,10 @@ def _prepared_attention(
     """
     if not ops.is_direct(q, k, v) or not (q.is_cuda or how[1] == "triton"):
         return None
-    program = _program(q, k, v, mask, score_mod, given)
+    if given is None:
+        program = _trace(mask, score_mod, q.device)
+    else:
+        program = _trace_with(given, mask, score_mod, Problem.of(q, k, v))
     captures = program.bindings.captures
     what: Hashable = (
         *(q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride()),
@@ -152,7 +159,7 @@ def _prepared_attention(
         *how,
         torch.get_float32_matmul_precision(),  # ops.prepare's plan depends on it
     )
-    # a given map is what it is, whatever the captured tensors hold now (_program has compared that)
+    # a given map is what it is, whatever the captured tensors hold now (_trace_with has compared that)
     watched = captures if given is None else (given.kinds,)
     if given is not None:
         what = (what, given.tile, cache.places(captures))
@@ -160,28 +167,14 @@ def _prepared_attention(
         what,
         q.device,
         watched,
-        lambda: ops.prepare(q, k, v, *_arguments(q, k, v, program, given, how)),
+        lambda: ops.prepare(q, k, v, *_arguments(Problem.of(q, k, v), program, given, how)),
         is_ours=given is not None,
     )
     return None if prepared is None else ops.PreparedAttention.apply(q, k, v, captures, prepared)
 
 
-def _program(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: MaskFunction | Tensor | None,
-    score_mod: ScoreFunction | None,
-    given: BlockMap | None,
-) -> Trace:
-    if given is not None:
-        return _trace_with(given, mask, score_mod, Problem.of(q, k, v))
-    return _trace(mask, score_mod, q.device)
-
-
-def _arguments(q: Tensor, k: Tensor, v: Tensor, program: Trace, given: BlockMap | None, how: How) -> tuple[Any, ...]:
+def _arguments(problem: Problem, program: Trace, given: BlockMap | None, how: How) -> tuple[Any, ...]:
     """What the op `forward` takes besides q, k, v."""
-    problem = Problem.of(q, k, v)
     blocks = given
     if blocks is None:
         tile = default_tile(problem.device.type, max(problem.Sq, problem.Skv))
@@ -217,6 +210,8 @@ def _trace(mask: MaskFunction | Tensor | None, score_mod: ScoreFunction | None, 
         return trace(None, score_mod, device)
     mask = mask_from(mask) if isinstance(mask, Tensor) else from_function(mask)
     program = mask.trace(device)
+    if score_mod is None:
+        return program
     return trace_score(program.mask, program.mask_bindings, score_mod, device)
 
 

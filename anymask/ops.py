@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from anymask import eager, reference
+from anymask.blocks import cache
 from anymask.blocks.block_map import BlockMap
 from anymask.blocks.build import Classify, build
 from anymask.errors import InputError, UnsupportedError
@@ -255,9 +255,8 @@ def is_direct(*tensors: Tensor) -> bool:
     """
     return (
         not torch.compiler.is_compiling()
-        and _get_current_dispatch_mode() is None
+        and cache.are_plain(tensors)
         and not torch._C._are_functorch_transforms_active()
-        and all([type(x) in (Tensor, torch.nn.Parameter) for x in tensors])
     )
 
 

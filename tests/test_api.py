@@ -237,8 +237,8 @@ def test_cache_info_tells_what_is_kept() -> None:
     clear_cache()
     attention(q, q, q, mask=mask, backend="triton")
     attention(q, q, q, mask=mask, backend="triton")
-    # a map, and its walks: two words and three numbers for each of 2 rows, for forward and dQ, and of 4 rows
-    assert cache_info() == (2, 2, 2, cache.MOST, 2 * 4 + (2 + 4) * (2 * 8 + 3 * 4))
+    # a map; its walks: two words and three numbers for each of 2 rows, for forward and dQ, and of 4 rows; and the call
+    assert cache_info() == (1, 3, 3, cache.MOST, 2 * 4 + (2 + 4) * (2 * 8 + 3 * 4))
 
 
 def test_threads_share_maps() -> None:

@@ -1,4 +1,4 @@
-"""What was built already: one block map, and one walk of it, serves every layer that passes the same mask."""
+"""What was built already: one block map, its walks and the call made ready serve every layer with the same mask."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves
 
-MOST = 256  # maps and walks that are kept; the least recently used goes first
+MOST = 256  # of all that is kept; the least recently used goes first
 
 Built = TypeVar("Built")
 
@@ -28,8 +28,8 @@ class _Entry:
 
 
 class CacheInfo(NamedTuple):
-    """hits, misses: how often a map or a walk was kept, and how often it was made.  kept: how many there are, at most
-    `most`.  num_bytes: what they hold."""
+    """Of maps, their walks, and calls made ready to start. hits, misses: how often one was kept, and how often made.
+    kept: how many there are, at most `most`.  num_bytes: what they hold."""
 
     hits: int
     misses: int
@@ -58,18 +58,19 @@ def find(
     tensors, checkpointing) or while a CUDA graph is captured results are not for others.
     """
     global _hits, _misses
-    if _is_private(captures, is_ours):
+    versions = _versions(captures)
+    is_cuda = device.type == "cuda"
+    if (None in versions and not is_ours) or not are_plain(captures) or (is_cuda and _is_captured()):
         with _lock:
             _misses += 1
         return build()
     # a map is ready for the stream that it was built on, and for no other without waiting
-    stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else None
+    stream = torch._C._cuda_getCurrentRawStream(device.index) if is_cuda else None
     key = (what, device, stream, places(captures))
-    versions = _versions(captures)
     with _lock:
         entry = _entries.get(key)
-        is_kept = entry is not None and entry.versions == versions
-        if entry is not None and is_kept and not any(storage.expired() for storage in entry.storages):
+        # its storages, being those of captures, are not expired
+        if entry is not None and entry.versions == versions:
             _entries.move_to_end(key)
             _hits += 1
             value: Built = entry.value
@@ -90,26 +91,27 @@ def find(
 def info() -> CacheInfo:
     """What is kept now, and how often it was of use in this process."""
     with _lock:
-        tensors = {id(x): x for x in tree_leaves([entry.value for entry in _entries.values()])}
+        leaves = tree_leaves([entry.value for entry in _entries.values()])
+        tensors = {id(x): x for x in leaves if isinstance(x, Tensor)}
         num_bytes = sum(x.numel() * x.element_size() for x in tensors.values())
         return CacheInfo(_hits, _misses, len(_entries), MOST, num_bytes)
 
 
 def clear() -> None:
-    """Forget all maps and walks, and the counts."""
+    """Forget all that is kept, and the counts."""
     global _hits, _misses
     with _lock:
         _entries.clear()
         _hits = _misses = 0
 
 
-def _is_private(captures: tuple[Tensor, ...], is_ours: bool) -> bool:
-    return (
-        _get_current_dispatch_mode() is not None
-        or any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in captures)
-        or (not is_ours and any(tensor.is_inference() for tensor in captures))
-        or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
-    )
+def are_plain(tensors: tuple[Tensor, ...]) -> bool:
+    """They are tensors of no class of their own, and no dispatch mode sees what is done with them."""
+    return not [x for x in tensors if type(x) not in _PLAIN] and _get_current_dispatch_mode() is None
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_is_captured = torch.cuda.is_current_stream_capturing  # by a CUDA graph
 
 
 def identities(captures: tuple[Tensor, ...]) -> Hashable:
@@ -118,8 +120,8 @@ def identities(captures: tuple[Tensor, ...]) -> Hashable:
 
 
 def places(captures: tuple[Tensor, ...]) -> tuple[Hashable, ...]:
-    return tuple((x.untyped_storage()._cdata, x.storage_offset(), x.shape, x.stride(), x.dtype) for x in captures)
+    return tuple([(x.untyped_storage()._cdata, x.storage_offset(), x.shape, x.stride(), x.dtype) for x in captures])
 
 
 def _versions(captures: tuple[Tensor, ...]) -> tuple[int | None, ...]:
-    return tuple(None if x.is_inference() else x._version for x in captures)
+    return tuple([None if x.is_inference() else x._version for x in captures])

@@ -212,7 +212,7 @@ def check_captures(bindings: Bindings, device: torch.device | None) -> None:
 
 def check_capture(tensor: Tensor, device: torch.device | None) -> None:
     """Raise MaskError where a mask or score function cannot read a captured tensor."""
-    if tensor.device.type == "meta":  # stand-ins are there: one went through an operation that did not arrive here
+    if tensor.is_meta:  # stand-ins are there: one went through an operation that did not arrive here
         raise MaskError(
             "an operation on an index did not reach the tracer; under torch.compile the builtin abs() is one: "
             "write torch.abs(x)"

@@ -57,10 +57,21 @@ class Likeness:
     plan: Plan
     scale: float
 
-    @property
+    @functools.cached_property
     def is_nothing(self) -> bool:
         """There is no query, or no key."""
         return 0 in (*self.q.shape, self.k.shape[2])
+
+    @functools.cached_property
+    def out(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Sizes and strides."""
+        Dv = self.v.shape[3]
+        return (*self.q.shape[:3], Dv), dense_strides(self.q.shape, self.q.strides, Dv)
+
+    @functools.cached_property
+    def lse(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        B, Hq, Sq, _ = self.q.shape
+        return (B, Hq, Sq), (Hq * Sq, Sq, 1)
 
 
 likeness = functools.lru_cache(maxsize=1024)(Likeness)
@@ -80,11 +91,12 @@ class Prepared(NamedTuple):
 
         A row that sees no key: out = 0, lse = -inf.
         """
-        out = dense_like(q, self.alike.v.shape[3])
-        lse = torch.empty(self.alike.q.shape[:3], dtype=torch.float32, device=q.device)
-        if self.alike.is_nothing:
+        alike = self.alike
+        out = torch.empty_strided(*alike.out, dtype=q.dtype, device=q.device)
+        lse = torch.empty_strided(*alike.lse, dtype=torch.float32, device=q.device)
+        if alike.is_nothing:
             return out.zero_(), lse.fill_(float("-inf"))
-        _forward_recipe(self.alike)(q, k, v, out, lse, *(self.walks[0] or ()), *_readable(captures))
+        _forward_recipe(alike)(q, k, v, out, lse, *(self.walks[0] or ()), *_readable(captures))
         return out, lse
 
     def backward(
@@ -169,7 +181,7 @@ def _forward_recipe(alike: Likeness) -> Recipe:
     plan, scale = alike.plan, alike.scale
     B, Hq, Sq, D = alike.q.shape
     Hkv, Skv, Dv = alike.v.shape[1:]
-    out = dense_strides(alike.q.shape, alike.q.strides, Dv)
+    _, out = alike.out
     config = _config(plan.forward)
     tile_q, tile_kv = walk_shapes(plan, alike.tile)[0][0]
     num_rows = _ceil(Sq, tile_q)

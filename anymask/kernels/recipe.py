@@ -48,13 +48,13 @@ class Recipe:
         rest = [keywords.pop(name) for name in kernel.arg_names[len(arguments) :]]
         self._fill = _filler((*arguments, *rest))
         self._options = keywords
-        self._compiled: dict[tuple[bool, ...], Any] = {}
+        self._compiled: dict[tuple[int, ...], Any] = {}
 
     def __call__(self, *tensors: Tensor) -> None:
         pointers = [x.data_ptr() for x in tensors]
-        alignment = tuple([pointer % 16 == 0 for pointer in pointers])
+        alignment = tuple([pointer % 16 for pointer in pointers])
         compiled = self._compiled.get(alignment)
-        if compiled is None or not is_current(self._device) or _is_hooked():
+        if compiled is None or _is_hooked() or not is_current(self._device):
             with _made_current(self._device):
                 compiled = self._kernel[self._grid](*self._fill(tensors), **self._options)
             if _IS_KNOWN and compiled is not None:  # the interpreter compiles nothing
