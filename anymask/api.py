@@ -266,7 +266,7 @@ def _find_map(
 
     def build() -> Tensor:
         text = text_of(program.mask, SCORE_TEXT)
-        return ops.block_map(bindings.captures, bindings.ints, bindings.floats, text, B, H, Sq, Skv, tile, device)
+        return ops.make_map(bindings.captures, bindings.ints, bindings.floats, text, B, H, Sq, Skv, tile, device)
 
     if torch.compiler.is_compiling():  # a compiled graph must own its map: Inductor reuses buffers in place
         return BlockMap(build(), Sq, Skv, tile, program.mask, bindings)

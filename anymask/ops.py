@@ -12,7 +12,7 @@ floats.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -59,15 +59,15 @@ def _implements(op: str) -> Callable[[Any], Any]:
 
 @_implements("block_map")
 def _block_map(
-    captures: list[Tensor],
-    ints: list[int],
-    floats: list[float],
+    captures: Sequence[Tensor],
+    ints: Sequence[int],
+    floats: Sequence[float],
     text: str,
     B: int,
     H: int,
     Sq: int,
     Skv: int,
-    tile: list[int],
+    tile: Sequence[int],
     device: torch.device,
 ) -> Tensor:
     bindings = Bindings(tuple(captures), tuple(ints), tuple(floats))
@@ -258,6 +258,11 @@ def is_direct(*tensors: Tensor) -> bool:
         and cache.are_plain(tensors)
         and not torch._C._are_functorch_transforms_active()
     )
+
+
+def make_map(captures: tuple[Tensor, ...], *rest: Any) -> Tensor:
+    """The op block_map, or what it does."""
+    return (_block_map if is_direct(*captures) else block_map)(captures, *rest)
 
 
 def prepare(q: Tensor, k: Tensor, v: Tensor, *program_and_how: Any) -> Prepared | None:

@@ -36,6 +36,8 @@ class Problem:
         for name, x in (("q", q), ("k", k), ("v", v)):
             if not isinstance(x, torch.Tensor):
                 raise InputError(f"{name} must be a tensor, got {type(x).__name__}")
+        dtype, device = q.dtype, q.device
+        for name, x in (("q", q), ("k", k), ("v", v)):
             if x.dim() != 4:
                 raise InputError(
                     f"{name} must be [batch, heads, sequence, head_dim], got {x.dim()} dimensions: {tuple(x.shape)}. "
@@ -43,10 +45,10 @@ class Problem:
                 )
             if x.dtype not in DTYPES:
                 raise InputError(f"{name} has dtype {x.dtype}; expected float16, bfloat16 or float32")
-            if x.dtype != q.dtype:
-                raise InputError(f"q, k and v must have one dtype, got q {q.dtype} and {name} {x.dtype}")
-            if x.device != q.device:
-                raise InputError(f"q, k and v must be on one device, got q on {q.device} and {name} on {x.device}")
+            if x.dtype != dtype:
+                raise InputError(f"q, k and v must have one dtype, got q {dtype} and {name} {x.dtype}")
+            if x.device != device:
+                raise InputError(f"q, k and v must be on one device, got q on {device} and {name} on {x.device}")
         B, Hq, Sq, D = q.shape
         _, Hkv, Skv, Dv = v.shape
         if k.shape[0] != B or v.shape[0] != B:
@@ -62,7 +64,7 @@ class Problem:
         for name, d in (("D of q and k", D), ("Dv of v", Dv)):
             if d < 8 or d > 256 or d % 8 != 0:
                 raise InputError(f"{name} must be a multiple of 8 from 8 to 256, got {d}. Pad it with zeros")
-        return Problem(B, Hq, Hkv, Sq, Skv, D, Dv, q.dtype, q.device)
+        return Problem(B, Hq, Hkv, Sq, Skv, D, Dv, dtype, device)
 
 
 def dense_like(x: torch.Tensor, last: int, dtype: torch.dtype | None = None) -> torch.Tensor:

@@ -161,8 +161,8 @@ def count_builds(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     from anymask import api
 
     built: list[int] = []
-    original = api.ops.block_map
-    monkeypatch.setattr(api.ops, "block_map", lambda *args: built.append(1) or original(*args))
+    original = api.ops.make_map
+    monkeypatch.setattr(api.ops, "make_map", lambda *args: built.append(1) or original(*args))
     return built
 
 

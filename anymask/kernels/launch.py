@@ -36,6 +36,9 @@ MAP_ROWS, MAP_COLUMNS, MAP_POSITIONS, MAP_PAIRS, MAP_PROGRAMS = 8, 32, 4096, 409
 # Rows and columns that one program packs at a time; rows that one program ranks, and that it compares at a time.
 WALK_ROWS, WALK_COLUMNS, ORDER_ROWS, ORDER_OTHERS = 4, 256, 16, 256
 
+Sizes = tuple[int, ...]
+Strides = tuple[int, ...]
+
 
 @dataclass(frozen=True, eq=False)
 class Likeness:
@@ -63,13 +66,13 @@ class Likeness:
         return 0 in (*self.q.shape, self.k.shape[2])
 
     @functools.cached_property
-    def out(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def out(self) -> tuple[Sizes, Strides]:
         """Sizes and strides."""
         Dv = self.v.shape[3]
         return (*self.q.shape[:3], Dv), dense_strides(self.q.shape, self.q.strides, Dv)
 
     @functools.cached_property
-    def lse(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def lse(self) -> tuple[Sizes, Strides]:
         B, Hq, Sq, _ = self.q.shape
         return (B, Hq, Sq), (Hq * Sq, Sq, 1)
 
@@ -116,15 +119,16 @@ class Prepared(NamedTuple):
         dq first: it leaves lse and delta of each row to dk and dv. Deterministic: each gradient tile has one program
         that adds in the order of the map.
         """
-        dq, dk, dv = (dense_like(x, x.shape[3]) for x in (q, k, v))
         if self.alike.is_nothing:
-            return dq.zero_(), dk.zero_(), dv.zero_()
+            dq, dk, dv = (dense_like(x, x.shape[3]).zero_() for x in (q, k, v))
+            return dq, dk, dv
         captures = tuple(_readable(captures))
         # a hook on saved tensors (save_on_cpu) may bring them back with other strides than they had
         strides = tuple([x.stride() for x in (q, k, v, out, dout)])
         of_captures = tuple([x.stride() for x in captures])
-        dq_recipe, dkdv_recipe, padded_Sq = _backward_recipes(self.alike, strides, of_captures, dlse is not None)
-        rows = torch.empty(*out.shape[:2], padded_Sq, 2, dtype=torch.float32, device=q.device)
+        dq_recipe, dkdv_recipe, made, of_rows = _backward_recipes(self.alike, strides, of_captures, dlse is not None)
+        dq, dk, dv = [torch.empty_strided(*layout, dtype=q.dtype, device=q.device) for layout in made]
+        rows = torch.empty(of_rows, dtype=torch.float32, device=q.device)
         given = () if dlse is None else (dlse.contiguous(),)
         _, columns, lines = self.walks
         dq_recipe(q, k, v, out, dout, lse, *given, dq, rows, *(lines or ()), *captures)
@@ -225,15 +229,12 @@ def _forward_recipe(alike: Likeness) -> Recipe:
     )
 
 
-Strides = tuple[int, ...]
-
-
 @functools.lru_cache(maxsize=1024)
 def _backward_recipes(
     alike: Likeness, strides: tuple[Strides, ...], of_captures: tuple[Strides, ...], has_dlse: bool
-) -> tuple[Recipe, Recipe, int]:
+) -> tuple[Recipe, Recipe, list[tuple[Sizes, Strides]], Sizes]:
     """dQ's, for q, k, v, out, dout, lse, dlse if there is one, dq, rows, the walk's tensors, captured ones; that of dK
-    and dV, for q, k, v, dout, dk, dv, rows and again those; and how many rows there are.
+    and dV, for q, k, v, dout, dk, dv, rows and again those; the sizes and strides of dq, dk, dv; the sizes of rows.
 
     strides: of q, k, v, out and dout.
     """
@@ -242,9 +243,9 @@ def _backward_recipes(
     Hkv, Skv, Dv = alike.v.shape[1:]
     G = Hq // Hkv
     q, k, v, out, dout = strides
-    dq, dk, dv = (
-        dense_strides(x.shape, of_x, x.shape[3]) for x, of_x in zip((alike.q, alike.k, alike.v), strides, strict=False)
-    )
+    inputs = zip((alike.q, alike.k, alike.v), strides, strict=False)
+    made = [(x.shape, dense_strides(x.shape, of_x, x.shape[3])) for x, of_x in inputs]
+    dq, dk, dv = [of_x for _, of_x in made]
     captures = tuple(x._replace(strides=of_x) for x, of_x in zip(alike.captures, of_captures, strict=True))
     bindings, wide = _bind(captures, alike.ints, alike.floats)
     mask, score, score_gradient = _functions(alike.mods, wide, plan.is_ptx, has_gradient=True)
@@ -330,7 +331,7 @@ def _backward_recipes(
         num_stages=dkdv.num_stages,
         **shared,
     )
-    return dq_recipe, dkdv_recipe, padded_Sq
+    return dq_recipe, dkdv_recipe, made, (B, Hq, padded_Sq, 2)
 
 
 def walks(blocks: BlockMap, plan: Plan, has_mask: bool = True) -> dict[str, tuple[Walk | None, tuple[int, int]]]:
@@ -348,11 +349,12 @@ def walks(blocks: BlockMap, plan: Plan, has_mask: bool = True) -> dict[str, tupl
 
 def make_walks(blocks: BlockMap, *shapes: Shape) -> tuple[Walk, ...]:
     """Up to three walks of a map, one for each shape; equal shapes share one."""
-    layouts, recipes = _walk_recipes(blocks.kinds.shape, blocks.device, blocks.tile, blocks.Skv, shapes)
+    device = blocks.device
+    layouts, recipes = _walk_recipes(blocks.kinds.shape, device, blocks.tile, blocks.Skv, shapes)
     walks = [
         Walk(
-            torch.empty(words, dtype=torch.int64, device=blocks.device),
-            torch.empty(rows, dtype=torch.int32, device=blocks.device),
+            torch.empty(*words, dtype=torch.int64, device=device),
+            torch.empty(*rows, dtype=torch.int32, device=device),
         )
         for words, rows in layouts.values()
     ]
