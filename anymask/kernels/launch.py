@@ -244,7 +244,7 @@ def _backward_recipes(
     G = Hq // Hkv
     q, k, v, out, dout = strides
     inputs = zip((alike.q, alike.k, alike.v), strides, strict=False)
-    made = [(x.shape, dense_strides(x.shape, of_x, x.shape[3])) for x, of_x in inputs]
+    made: list[tuple[Sizes, Strides]] = [(x.shape, dense_strides(x.shape, of_x, x.shape[3])) for x, of_x in inputs]
     dq, dk, dv = [of_x for _, of_x in made]
     captures = tuple(x._replace(strides=of_x) for x, of_x in zip(alike.captures, of_captures, strict=True))
     bindings, wide = _bind(captures, alike.ints, alike.floats)
