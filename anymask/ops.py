@@ -295,6 +295,8 @@ class PreparedAttention(torch.autograd.Function):
             dout = torch.zeros_like(out)
         # create_graph=True: that there is no second derivative is said only to who asks for it
         saved = (dout, dlse, q, k, v, out, lse, captures)
+        if torch.compiler.is_compiling():  # compiled autograd: not into the kernels' launches
+            return (*torch.compiler.disable(ctx.prepared.backward)(*saved), None, None)
         if torch.is_grad_enabled():
             return (*_PreparedGradient.apply(ctx.prepared, *saved), None, None)
         return (*ctx.prepared.backward(*saved), None, None)
