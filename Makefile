@@ -29,6 +29,7 @@ bench: $(READY)
 ifneq ($(HAS_GPU),)
 	$(PY) benchmarks/gpu.py
 	$(PY) benchmarks/maps.py
+	$(PY) benchmarks/host.py
 endif
 
 aot: $(READY)

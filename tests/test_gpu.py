@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from anymask import BlockMap, attention, block_map, causal, document, mask_from, sliding_window, softcap
+from anymask import BlockMap, attention, block_map, causal, clear_cache, document, mask_from, sliding_window, softcap
 from anymask.testing import inputs
 from tests.cases import MASKS, SCORES, Sizes
 from tests.test_zoo import gradients, run
@@ -270,6 +272,105 @@ def test_another_device_than_the_current_one_or_a_stream() -> None:
         got = attention(q, k, v, mask=causal())
     stream.synchronize()
     assert torch.equal(got, expected)
+
+
+def changing_calls() -> Iterator[tuple[tuple[Tensor, ...], Any]]:
+    """Calls each of which differs from the first in one thing: data, alignment, strides, documents, numbers."""
+
+    def laid_out(offset: int, is_transposed: bool = False) -> tuple[Tensor, ...]:
+        tensors = []
+        for H in (4, 2, 2):
+            flat = torch.randn(H * 512 * 64 + 8, device="cuda", dtype=torch.bfloat16)[offset : offset + H * 512 * 64]
+            x = flat.view(1, 512, H, 64).transpose(1, 2) if is_transposed else flat.view(1, H, 512, 64)
+            tensors.append(x.detach().requires_grad_())
+        return tuple(tensors)
+
+    ids = torch.arange(516, device="cuda", dtype=torch.int32) // 100
+    aligned, others = laid_out(0), laid_out(8)  # 16 bytes on
+    mask = causal() & document(ids[:512])
+    yield aligned, mask
+    yield others, mask
+    yield laid_out(1), mask
+    yield (laid_out(1)[0], *aligned[1:]), mask
+    yield (*aligned[:2], laid_out(3)[2]), mask
+    yield laid_out(0, is_transposed=True), mask
+    yield (aligned[0][:, :, :500].detach().requires_grad_(), *aligned[1:]), mask
+    yield aligned, causal() & document(ids[1:513])  # 4 bytes on
+    yield aligned, causal() & document(ids[:512].long())
+    yield aligned, causal() & document(ids[:512].clone() // 2)
+    for width in (1, 16, 100):
+        yield aligned, sliding_window(width, 0)
+    yield aligned, None
+
+
+def outcome(tensors: tuple[Tensor, ...], mask: Any) -> tuple[Tensor, ...]:
+    out, lse = attention(*tensors, mask=mask, return_lse=True)
+    generator = torch.Generator("cuda").manual_seed(0)
+    dout = torch.randn(out.shape, device="cuda", dtype=out.dtype, generator=generator)
+    return (out, lse, *torch.autograd.grad(out, tensors, dout))
+
+
+def forget_recipes() -> None:
+    from anymask.kernels import launch
+
+    clear_cache()
+    recipes = (launch._forward_recipe, launch._backward_recipes, launch._walk_recipes, launch._classify_recipe)
+    for kept in (launch.likeness, *recipes):
+        kept.cache_clear()
+
+
+def test_repeated_calls_are_bitwise_what_ordinary_launches_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    from anymask.kernels import recipe
+
+    assert recipe._IS_KNOWN, "this Triton's launches are not prepared: see kernels/recipe.py"
+    calls = list(changing_calls())
+    monkeypatch.setattr(recipe, "_IS_KNOWN", False)
+    forget_recipes()
+    expected = [outcome(*call) for call in calls]
+    monkeypatch.setattr(recipe, "_IS_KNOWN", True)
+    forget_recipes()
+    for _ in range(3):
+        for call, results in zip(calls, expected, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(outcome(*call), results, strict=True))
+    clear_cache()  # maps and walks by prepared launches too
+    with ThreadPoolExecutor(4) as pool:
+        for i, got in enumerate(pool.map(lambda i: outcome(*calls[i % len(calls)]), range(4 * len(calls)))):
+            assert all(torch.equal(a, b) for a, b in zip(got, expected[i % len(calls)], strict=True))
+
+
+def test_a_warm_call_launches_without_asking_triton_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And tells hooks of it, as a profiler sets them."""
+    from triton import knobs
+
+    from anymask.kernels import launch
+
+    call = next(changing_calls())
+    outcome(*call)
+    for kernel in (launch.forward_kernel, launch.dq_kernel, launch.dkdv_kernel):
+        monkeypatch.setattr(kernel, "run", lambda *args, **options: pytest.fail("an ordinary launch"))
+    outcome(*call)
+    monkeypatch.undo()
+    seen: list[str] = []
+    hook = lambda metadata: seen.append(metadata.get()["name"])
+    knobs.runtime.launch_enter_hook.add(hook)
+    try:
+        outcome(*call)
+    finally:
+        knobs.runtime.launch_enter_hook.remove(hook)
+    assert seen == ["forward_kernel", "dq_kernel", "dkdv_kernel"]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_device_that_is_not_the_current_one() -> None:
+    tensors, _ = next(changing_calls())
+    expected = outcome(tensors, causal())
+    others = tuple(x.detach().to("cuda:1").requires_grad_() for x in tensors)
+    for _ in range(2):
+        for current in (0, 1):
+            with torch.cuda.device(current):
+                out = attention(*others, mask=causal())
+                dq, dk, dv = torch.autograd.grad(out.sum(), others)
+            assert torch.equal(out.to("cuda:0"), expected[0]) and dq.device == dk.device == dv.device == out.device
 
 
 def test_error_about_a_captured_tensor_on_the_cpu() -> None:

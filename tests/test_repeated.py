@@ -81,6 +81,7 @@ def variations() -> Iterator[tuple[tuple[Tensor, ...], dict[str, Any]]]:
         yield (q, k, v), {"mask": mask, "scale": scale}
     yield (torch.randn(1, 40, 2, 16).transpose(1, 2).requires_grad_(), k, v), {"mask": mask}
     yield (torch.randn(1281)[1:].view(1, 2, 40, 16).requires_grad_(), k, v), {"mask": mask}
+    yield (torch.randn(1, 2, 40, 16)[:, :, :20].requires_grad_(), k, v), {"mask": mask}  # the strides of q
     yield (q, k, k), {"mask": mask}
     for width in (1, 16, 17):
         yield (q, k, v), {"mask": sliding_window(width, 0)}
