@@ -26,8 +26,8 @@ class Row:
     forward: Config
     dkdv: Config
     dq: Config
-    is_ragged: bool = False  # only for masks that read tensors, as documents do, of lengths up to max_S
-    max_S: int = 1 << 62
+    is_dense: bool = False  # only without a mask
+    has_score: bool = False  # only with a score function
 
 
 # Shared memory that one program may use, in bytes.
@@ -58,13 +58,19 @@ FAMILIES = {
 
 # fmt: off
 ROWS = (
-    # sm_90: H200, bf16, S 8192, 2026-11-22. Numbers are TFLOP/s of forward / dK/dV / dQ by what each computes.
-    # causal 415 / 479 / 572; forward 128 x 64 391, dK/dV 64 x 128 with 8 warps 389, dQ 128 x 64 with 8 warps 430
-    Row("sm_90", "half", 64, Config(64, 64, 4, 3), Config(64, 64, 4, 3), Config(64, 64, 4, 3)),
-    # 16k tokens in 14 documents 386 / 609 / 446 us, dK/dV as in the next row 714: short rows need two programs an SM
-    Row("sm_90", "half", 128, Config(64, 64, 4, 3), Config(32, 64, 4, 3), Config(128, 64, 8, 3), True, 32768),
-    # no mask 515 / 630 / 660; causal 458 / 560 / 640, dK/dV 32 x 64 with 4 warps 520, dQ 64 x 64 with 4 warps 580
-    Row("sm_90", "half", 128, Config(64, 64, 4, 3), Config(64, 128, 8, 3), Config(128, 64, 8, 3)),
+    # sm_90: H200, bf16, 2026-11-22; S 8192 unless said. Kernel times in us of forward / dK/dV / dQ.
+    # no mask 2440 / 4940 / 2600; forward 128 x 64 2611
+    Row("sm_90", "half", 64, Config(64, 64, 4, 3), Config(64, 64, 4, 3), Config(64, 64, 4, 3), is_dense=True),
+    # causal 1275 / 1949 / 1587, 16k tokens in 14 documents 461 / 630 / 522; forward 64 x 64 1438, 517; dK/dV
+    # 32 x 64 2067, 709; dQ 128 x 64 1690, 744
+    Row("sm_90", "half", 64, Config(128, 64, 4, 3), Config(64, 64, 4, 3), Config(64, 64, 4, 3)),
+    # no mask 2151 / 3521 / 2510; dK/dV 32 x 64 3727
+    Row("sm_90", "half", 128, Config(64, 64, 4, 3), Config(64, 128, 8, 3), Config(128, 64, 8, 3), is_dense=True),
+    # softcap, causal 1643 / 2503 / 2043, ALiBi 1321 / 2147 / 1349; dK/dV 32 x 64 2676, 2196
+    Row("sm_90", "half", 128, Config(64, 64, 4, 3), Config(64, 128, 8, 3), Config(128, 64, 8, 3), has_score=True),
+    # causal 1111 / 1899 / 1304, window 1024 of 32k 714 / 1236 / 904, documents 16k 381 / 668 / 464; dK/dV 64 x 128 2089,
+    # 1372, 714
+    Row("sm_90", "half", 128, Config(64, 64, 4, 3), Config(32, 64, 4, 3), Config(128, 64, 8, 3)),
     # not tuned
     Row("sm_90", "half", 256, Config(128, 64, 8, 2), Config(64, 64, 8, 1), Config(64, 64, 8, 2)),
     Row("sm_90", "tf32", 64, Config(128, 64, 8, 2), Config(64, 64, 8, 2), Config(64, 64, 4, 2)),
@@ -102,8 +108,8 @@ ROWS = (
 # fmt: on
 
 
-def lookup(family: str, arithmetic: str, D: int, is_ragged: bool, S: int) -> Row:
-    """The first row for this family ("any" fits all), arithmetic, padded head dim, mask and longer length."""
+def lookup(family: str, arithmetic: str, D: int, has_mask: bool, has_score: bool) -> Row:
+    """The first row for this family ("any" fits all), arithmetic, padded head dim, mask and score function."""
     rows = sorted(ROWS, key=lambda row: row.family == "any")
     return next(
         row
@@ -111,6 +117,6 @@ def lookup(family: str, arithmetic: str, D: int, is_ragged: bool, S: int) -> Row
         if row.family in (family, "any")
         and row.arithmetic == arithmetic
         and row.max_D >= D
-        and row.is_ragged <= is_ragged
-        and row.max_S >= S
+        and not (row.is_dense and has_mask)
+        and row.has_score <= has_score
     )

@@ -92,8 +92,7 @@ def choose(
     if unknown:
         raise UnsupportedError(f"config= has the keys {sorted(unknown)}; it takes {', '.join(KERNELS)}")
     precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-    S = max(problem.Sq, problem.Skv)
-    plan = _tuned(problem.D, problem.Dv, problem.dtype, mods, tile, S, arch, precision)
+    plan = _tuned(problem.D, problem.Dv, problem.dtype, mods, tile, arch, precision)
     if not config:
         return plan
     need = Need.of(problem.D, problem.Dv, problem.dtype, mods, family_of(arch))
@@ -105,14 +104,12 @@ def choose(
 
 
 @functools.lru_cache(maxsize=4096)
-def _tuned(
-    D: int, Dv: int, dtype: torch.dtype, mods: Mods, tile: tuple[int, int], S: int, arch: str, precision: str
-) -> Plan:
+def _tuned(D: int, Dv: int, dtype: torch.dtype, mods: Mods, tile: tuple[int, int], arch: str, precision: str) -> Plan:
     """The Triton plan that the tuning rows give."""
     family = family_of(arch)
     arithmetic = "half" if dtype.itemsize == 2 else "ieee" if family == "interpreter" else precision
     need = Need.of(D, Dv, dtype, mods, family)
-    row = lookup(family, arithmetic, max(need.D, need.Dv), mods.is_ragged, S)
+    row = lookup(family, arithmetic, max(need.D, need.Dv), mods.has_mask, mods.has_score)
     chosen = {kernel: _fit(kernel, getattr(row, kernel), tile, need) for kernel in KERNELS}
     says = "; ".join(f"{kernel} {chosen[kernel]}" for kernel in KERNELS)
     works = " with a score function" if mods.has_score else ""

@@ -129,10 +129,10 @@ def test_small_numbers() -> None:
     assert [default_tile("cuda", S) for S in (65536, 65537, 524289)] == [(64, 64), (128, 128), (256, 256)]
 
 
-def test_ragged_masks_have_a_row_of_their_own() -> None:
+def test_masks_and_score_functions_have_rows_of_their_own() -> None:
     ragged, regular = Mods(apply(Op.EQ, *IDS)), Mods(apply(Op.LE, index("kv_idx"), index("q_idx")))
     plans = [choose(problem(128), mods, (64, 64), arch="sm_90") for mods in (ragged, regular, NONE)]
-    assert plans[0].dkdv != plans[1].dkdv and plans[1].dkdv == plans[2].dkdv
     assert [plan.shared_bytes for plan in plans] == [RAGGED_BYTES, REGULAR_BYTES, 0]
-    long = Problem(1, 4, 2, 1000, 65536, 128, 128, torch.bfloat16, CPU)
-    assert choose(long, ragged, (64, 64), arch="sm_90").dkdv == plans[1].dkdv
+    assert choose(problem(128), HEAVY, (64, 64), arch="sm_90").dkdv != plans[0].dkdv == plans[1].dkdv != plans[2].dkdv
+    dense, masked = (choose(problem(64), mods, (64, 64), arch="sm_90") for mods in (NONE, regular))
+    assert dense.forward != masked.forward and dense.dkdv == masked.dkdv
