@@ -161,11 +161,12 @@ def row_of_program(call, OFFSET: gl.constexpr):
 
 @record
 class Rings:
-    """Q of each consumer, K and V."""
+    """Q of each consumer, K and V; and where out is staged, None: in Q's place."""
 
     q: Ring
     k: Ring
     v: Ring
+    out: gl.shared_memory_descriptor | gl.constexpr
 
 
 # --- the producer ---
@@ -315,9 +316,8 @@ def attend(call, rings, WARPGROUP: gl.constexpr):
         full = row.full
         kv_start = gl.where(num_masked > 0, masked.kv_start(0), full.kv_start(0))
         s, factor = scores(call, row, kv_start, s)
-        if MAY_HIDE:
-            if num_masked > 0:
-                s = shown(call, row, kv_start, s)
+        if MAY_HIDE and num_masked > 0:
+            s = shown(call, row, kv_start, s)
         softmax, p, correction = softmax.add(s, factor, MAY_HIDE or call.SCORE is not None)
         pairs = pack_pairs(p, q_tile.dtype)
 
@@ -349,8 +349,11 @@ def attend(call, rings, WARPGROUP: gl.constexpr):
     head = row.b.to(gl.int64) * call.Hq + row.h
     gl.store(call.lse_pointer + head * call.Sq + rows, lse, mask=rows < call.Sq)
     inverse = gl.convert_layout(1.0 / row_sum, gl.SliceLayout(1, O_LAYOUT))
-    # Q has been read: out takes its place
-    staged = rings.q.tiles.index(WARPGROUP)._reinterpret(call.out.dtype, call.out.block_type.shape, call.out.layout)
+    if rings.out is None:
+        place = rings.q.tiles.index(WARPGROUP)  # it has been read
+        staged = place._reinterpret(call.out.dtype, call.out.block_type.shape, call.out.layout)
+    else:
+        staged = rings.out.index(WARPGROUP)
     staged.reshape([ROWS, DV]).store((acc * inverse[:, None]).to(call.out.dtype))
     fence_async_shared()
     tma.async_copy_shared_to_global(call.out, [row.b, row.h, row.q_start, 0], staged)
@@ -389,8 +392,16 @@ def hopper_forward_kernel(
 ):
     """out and lse of one query tile. Grid: a program for each tile of each head, in the order of work_of."""
     NUM_CONSUMERS: gl.constexpr = BLOCK_Q // ROWS
+    D: gl.constexpr = q.block_type.shape[3]
+    DV: gl.constexpr = out.block_type.shape[3]
+    staged = None
+    if DV > D:
+        staged = gl.allocate_shared_memory(out.dtype, [NUM_CONSUMERS, 1, 1, ROWS, DV], out.layout)
     rings = Rings(
-        Ring.create(q, NUM_CONSUMERS, 1), Ring.create(k, STAGES, NUM_CONSUMERS), Ring.create(v, STAGES, NUM_CONSUMERS)
+        Ring.create(q, NUM_CONSUMERS, 1),
+        Ring.create(k, STAGES, NUM_CONSUMERS),
+        Ring.create(v, STAGES, NUM_CONSUMERS),
+        staged,
     )
     fence_async_shared()
     call = Call(

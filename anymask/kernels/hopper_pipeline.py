@@ -1,8 +1,9 @@
-"""How the warpgroups of a Hopper kernel hand tiles to each other: rings that TMA fills, and turns at the tensor cores."""
+"""How warpgroups of a Hopper kernel wait for each other: rings of tiles that TMA fills, turns at the tensor cores."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
 from anymask.kernels.record import record
 
 
@@ -22,7 +23,9 @@ class Ring:
     @gluon.jit
     def create(tensor, STAGES: gl.constexpr, NUM_CONSUMERS: gl.constexpr):
         """An empty ring for tiles of the descriptor `tensor`."""
-        tiles = gl.allocate_shared_memory(tensor.dtype, [STAGES] + tensor.block_type.shape, tensor.layout)
+        BLOCK: gl.constexpr = tensor.block_type.shape[2]
+        D: gl.constexpr = tensor.block_type.shape[3]
+        tiles = gl.allocate_shared_memory(tensor.dtype, [STAGES, 1, 1, BLOCK, D], tensor.layout)
         full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         for stage in gl.static_range(STAGES):

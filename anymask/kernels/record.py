@@ -10,8 +10,7 @@ def record(cls):
 
     @gluon.constexpr_function
     def __init__(self, *values):
-        assert len(values) == len(names), f"{len(values)} values for {names}"
-        for name, value in zip(names, values):
+        for name, value in zip(names, values, strict=True):
             setattr(self, name, kernel_value(value))
 
     cls.__init__ = __init__
