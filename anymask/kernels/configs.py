@@ -19,6 +19,27 @@ class Config:
 
 
 @dataclass(frozen=True)
+class HopperConfig:
+    """Tiles of the Hopper forward: 64 queries for each consumer warpgroup. num_stages: tiles of keys in shared memory.
+
+    has_turns: two consumers issue their products in turns, so that one's softmax overlaps the other's products.
+    """
+
+    BLOCK_Q: int
+    BLOCK_KV: int
+    num_stages: int
+    has_turns: bool
+
+    @property
+    def num_consumers(self) -> int:
+        return self.BLOCK_Q // 64
+
+    def __str__(self) -> str:
+        turns = ", in turns" if self.has_turns else ""
+        return f"{self.BLOCK_Q}x{self.BLOCK_KV}, {self.num_consumers} warpgroups{turns}, {self.num_stages} stages"
+
+
+@dataclass(frozen=True)
 class Row:
     family: str
     arithmetic: str  # "half": 16-bit tensor cores; "tf32"; "ieee": float32 without tensor cores
@@ -114,3 +135,22 @@ def lookup(family: str, arithmetic: str, D: int, is_ragged: bool, S: int) -> Row
         and row.is_ragged <= is_ragged
         and row.max_S >= S
     )
+
+
+@dataclass(frozen=True)
+class HopperRow:
+    max_D: int  # of max(D, Dv)
+    forward: HopperConfig
+
+
+# Numbers are TFLOP/s of the prototype (H200, bf16, S 16384, 2026-11): no mask / causal.
+HOPPER_ROWS = (
+    # 460 / 432
+    HopperRow(64, HopperConfig(128, 128, 3, True)),
+    # 645 / 637; without turns 639 / 630
+    HopperRow(128, HopperConfig(128, 128, 2, True)),
+)
+
+# Registers a thread, by number of consumers: at entry, and of each role but the first (which gets what is left) after
+# the register split.
+HOPPER_REGISTERS = {2: (168, (240, 24)), 3: (128, (160, 160, 24))}
