@@ -53,7 +53,8 @@ def attention(
       are now.
     return_lse: also return the log of the softmax sums (natural log, float32, [B, Hq, Sq]); it may be differentiated.
     deterministic: True asks for bitwise equal results run to run. All present kernels give that always.
-    backend: "triton", "eager" or "reference" is obeyed or raises UnsupportedError; None chooses by device.
+    backend: "gluon" (the Hopper forward), "triton", "eager" or "reference" is obeyed or raises UnsupportedError; None
+      chooses by device, dtype and layout.
     config: tiles of the Triton kernels, obeyed or raises: {"forward": {"BLOCK_Q": 64, "num_warps": 4}, "dkdv": ...,
       "dq": ...}.
 

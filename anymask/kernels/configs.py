@@ -19,6 +19,27 @@ class Config:
 
 
 @dataclass(frozen=True)
+class HopperConfig:
+    """Tiles of the Hopper forward: 64 queries for each consumer warpgroup. num_stages: tiles of keys in shared memory.
+
+    has_turns: two consumers issue their products in turns, so that one's softmax overlaps the other's products.
+    """
+
+    BLOCK_Q: int
+    BLOCK_KV: int
+    num_stages: int
+    has_turns: bool
+
+    @property
+    def num_consumers(self) -> int:
+        return self.BLOCK_Q // 64
+
+    def __str__(self) -> str:
+        turns = ", in turns" if self.has_turns else ""
+        return f"{self.BLOCK_Q}x{self.BLOCK_KV}, {self.num_consumers} warpgroups{turns}, {self.num_stages} stages"
+
+
+@dataclass(frozen=True)
 class Row:
     family: str
     arithmetic: str  # "half": 16-bit tensor cores; "tf32"; "ieee": float32 without tensor cores
@@ -120,3 +141,40 @@ def lookup(family: str, arithmetic: str, D: int, has_mask: bool, has_score: bool
         and not (row.is_dense and has_mask)
         and row.has_score <= has_score
     )
+
+
+@dataclass(frozen=True)
+class HopperRow:
+    max_D: int  # of max(D, Dv)
+    forward: HopperConfig
+    min_Sq: int = 0
+    is_light: bool = False  # only for masks of indices alone, without a score function
+
+
+# H200, bf16, 16,384 tokens in all, 2026-11-22. Numbers are TFLOP/s: no mask / causal.
+HOPPER_ROWS = (
+    # S 16384 523 / 501, 8192 513 / 469, 4096 478 / 407, 2048 447 / 321; documents spill 728 bytes
+    HopperRow(64, HopperConfig(192, 128, 3, False), 2048, True),
+    # S 16384 434 / 432, 2048 395 / 326, 1024 347 / 245, 512 276 / 165; the portable one 352 / 367, 349 / 323,
+    # 329 / 266, 288 / 194
+    HopperRow(64, HopperConfig(128, 128, 3, True), 2048),
+    # S 16384 645 / 629, 2048 605 / 505, 512 424 / 251; without turns 621 / 617; the portable one 455 / 438, 428 / 386,
+    # 341 / 219
+    HopperRow(128, HopperConfig(128, 128, 2, True)),
+)
+
+
+def hopper_config(D: int, Sq: int, tile_q: int, is_light: bool) -> HopperConfig | None:
+    """The forward's for D = max(D, Dv) and maps with tiles of tile_q queries; None where the portable one is faster."""
+    max_D = min(row.max_D for row in HOPPER_ROWS if row.max_D >= D)
+    for row in HOPPER_ROWS:
+        BLOCK_Q = row.forward.BLOCK_Q
+        fits = max(BLOCK_Q, tile_q) % min(BLOCK_Q, tile_q) == 0
+        if row.max_D == max_D and row.min_Sq <= Sq and row.is_light <= is_light and fits:
+            return row.forward
+    return None
+
+
+# Registers a thread, by number of consumers: at entry, and of each role but the first (which gets what is left) after
+# the register split.
+HOPPER_REGISTERS = {2: (168, (240, 24)), 3: (128, (160, 160, 24))}

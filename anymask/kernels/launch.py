@@ -1,4 +1,7 @@
-"""The only file that starts kernels: map, walk, forward, backward. It obeys the plan and owns what it writes."""
+"""The only file that starts kernels: map, walk, forward, backward. It obeys the plan and owns what it writes.
+
+(Hopper kernels through hopper_launch.py, which imports Gluon.)
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from anymask.expr.grad import derivative
 from anymask.expr.interval import Grid
 from anymask.expr.ir import Expr
 from anymask.expr.mods import Mods
-from anymask.kernels.configs import Config
+from anymask.kernels.configs import Config, HopperConfig
 from anymask.kernels.jit import jitted
 from anymask.kernels.plan import KERNELS, Plan, Shape, padded, walk_shapes
 from anymask.kernels.triton_bwd import dkdv_kernel, dq_kernel
@@ -48,13 +51,16 @@ def forward(
     lse = torch.empty(B, Hq, Sq, dtype=torch.float32, device=q.device)
     if out.shape.numel() == 0 or Skv == 0:
         return out.zero_(), lse.fill_(float("-inf"))
-    config = _config(plan.forward)
-    walk, (tile_q, tile_kv) = walks(blocks, plan, mods.has_mask)["forward"]
-    num_rows = _ceil(Sq, tile_q)
     arguments = _bind(bindings)
     mask, score, _ = _functions(mods, arguments.wide, plan.is_ptx, has_gradient=False)
     if score is None and scale <= 0:  # the identity: the kernel's short cut needs scale > 0
         score = _function(mods.score, "score", arguments.wide, plan.is_ptx)
+    if isinstance(plan.forward, HopperConfig):
+        _hopper_forward(q, k, v, out, lse, mods, arguments, mask, score, blocks, plan, scale)
+        return out, lse
+    config = _config(plan.forward)
+    walk, (tile_q, tile_kv) = walks(blocks, plan, mods.has_mask)["forward"]
+    num_rows = _ceil(Sq, tile_q)
     with _device_of(q):
         forward_kernel[(B * Hq * num_rows * tile_q // config.BLOCK_Q,)](
             q,
@@ -87,6 +93,41 @@ def forward(
             **_addressing(q.stride(), k.stride(), v.stride(), out.stride()),
         )
     return out, lse
+
+
+def _hopper_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mods: Mods,
+    arguments: _Arguments,
+    mask: Any,
+    score: Any,
+    blocks: BlockMap,
+    plan: Plan,
+    scale: float,
+) -> None:
+    """Write out and lse."""
+    from anymask.kernels.hopper_launch import launch_forward
+
+    B, Hq, Sq, D = q.shape
+    Hkv, Skv, Dv = v.shape[1:]
+    config = plan.forward
+    assert isinstance(config, HopperConfig)
+    G, head_bytes = Hq // Hkv, Skv * (D + Dv) * q.itemsize
+    walk, tile = walks(blocks, plan, mods.has_mask)["forward"]
+    if walk is None:
+        tile = (config.BLOCK_Q, config.BLOCK_KV)
+    walk_arguments = _walk_arguments(walk, _ceil(Sq, tile[0]), B * Hq, G, head_bytes, plan)
+    with _device_of(q):
+        launch_forward(
+            *(q, k, v, out, lse, walk_arguments, tile, scale, arguments.values),
+            mask if mods.has_mask else None,
+            score,
+            config,
+        )
 
 
 def backward(
@@ -380,8 +421,8 @@ def _addressing(*strides: tuple[int, ...]) -> dict[str, Any]:
     return {"ALIGN": 8 if is_aligned else 1, "WIDE": is_wide}
 
 
-def _config(config: Config | None) -> Config:
-    assert config is not None, "a plan of another backend"
+def _config(config: Config | HopperConfig | None) -> Config:
+    assert isinstance(config, Config), "a plan of another backend"
     return config
 
 

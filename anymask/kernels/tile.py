@@ -202,7 +202,8 @@ def tile_at(bits, first):
 def changed_score(qk, b, h, q_idx, kv_idx, scale, bindings, SCORE: tl.constexpr):
     """SCORE(scale * qk) in base 2, in the shape of qk."""
     score = SCORE(qk * scale, b, h, q_idx, kv_idx, bindings[0], bindings[1], bindings[2])
-    return tl.broadcast_to(score, qk.shape) * LOG2_E
+    qk, score = tl.broadcast(qk, score)
+    return score * LOG2_E
 
 
 @triton.jit
