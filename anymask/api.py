@@ -53,7 +53,8 @@ def attention(
       are now.
     return_lse: also return the log of the softmax sums (natural log, float32, [B, Hq, Sq]); it may be differentiated.
     deterministic: True asks for bitwise equal results run to run. All present kernels give that always.
-    backend: "triton", "eager" or "reference" is obeyed or raises UnsupportedError; None chooses by device.
+    backend: "gluon" (the Hopper forward), "triton", "eager" or "reference" is obeyed or raises UnsupportedError; None
+      chooses by device, dtype and layout.
     config: tiles of the Triton kernels, obeyed or raises: {"forward": {"BLOCK_Q": 64, "num_warps": 4}, "dkdv": ...,
       "dq": ...}.
 
@@ -145,7 +146,7 @@ def _prepared_attention(
 
     Checks, map, plan and walks of a repeated call are one look-up.
     """
-    if not ops.is_direct(q, k, v) or not (q.is_cuda or how[1] == "triton"):
+    if not ops.is_direct(q, k, v) or not (q.is_cuda or how[1] in ("gluon", "triton")):
         return None
     if given is None:
         program = _trace(mask, score_mod, q.device)
@@ -157,7 +158,9 @@ def _prepared_attention(
         *(q.dtype, k.dtype, v.dtype, k.device, v.device),
         *(program.mask, program.score, program.bindings.ints, program.bindings.floats),
         *how,
-        torch.get_float32_matmul_precision(),  # ops.prepare's plan depends on it
+        # the plan depends on these too: whether TMA can read the tensors, and the precision
+        (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16 == 0,
+        torch.get_float32_matmul_precision(),
     )
     # a given map is what it is, whatever the captured tensors hold now (_trace_with has compared that)
     watched = captures if given is None else (given.kinds,)

@@ -227,7 +227,7 @@ _KINDS = {EMPTY: "empty", PARTIAL: "partial", FULL: "full"}
 def _walk_bytes(blocks: BlockMap, plan: Plan) -> dict[str, tuple[tuple[Any, ...], int]]:
     """For each kernel of the plan which walk of the map it reads, and the bytes of that; two may read the same one."""
     walks = {}
-    shapes = walk_shapes(plan, blocks.tile) if plan.backend == "triton" else ()
+    shapes = walk_shapes(plan, blocks.tile) if plan.has_kernels else ()
     for kernel, (tile, is_kv_row) in zip(KERNELS, shapes, strict=False):
         num_rows, num_columns = -(-blocks.Sq // tile[0]), -(-blocks.Skv // tile[1])
         if is_kv_row:
@@ -240,7 +240,7 @@ def _walk_bytes(blocks: BlockMap, plan: Plan) -> dict[str, tuple[tuple[Any, ...]
 
 def _functions(mods: Mods, blocks: BlockMap, plan: Plan) -> dict[str, str]:
     """The texts that launch.py makes kernels' functions from: hide for attention, bounds and mask for the map."""
-    if plan.backend != "triton":
+    if not plan.has_kernels:
         return {}
     wide = blocks.bindings.wide_slots()
     return {

@@ -26,7 +26,7 @@ from anymask.blocks.build import Classify, build
 from anymask.errors import InputError, UnsupportedError
 from anymask.expr.bindings import Bindings
 from anymask.expr.mods import Mods
-from anymask.kernels.plan import Plan, arch_of, choose
+from anymask.kernels.plan import Plan, arch_of, choose, tma_obstacle_of
 from anymask.problem import Problem, dense_like
 
 if TYPE_CHECKING:
@@ -122,7 +122,9 @@ class _Call:
 
     @staticmethod
     def of(
-        problem: Problem,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
         captures: list[Tensor],
         ints: list[int],
         floats: list[float],
@@ -134,6 +136,7 @@ class _Call:
         config: str | None,
         deterministic: bool | None,
     ) -> _Call:
+        problem = Problem.of(q, k, v)
         bindings = Bindings(tuple(captures), tuple(ints), tuple(floats))
         mods = Mods.of(text, bindings.ints, bindings.floats)
         check_reads(mods, bindings, {"b": problem.B, "h": problem.Hq, "q_idx": problem.Sq, "kv_idx": problem.Skv})
@@ -146,14 +149,15 @@ class _Call:
             backend=backend,
             config=None if config is None else json.loads(config),
             deterministic=deterministic,
+            tma_obstacle=tma_obstacle_of(q, k, v),
         )
         return _Call(mods, bindings, block_map, plan, scale)
 
 
 @_implements("forward")
 def _forward(q: Tensor, k: Tensor, v: Tensor, *program_and_how: Any) -> tuple[Tensor, Tensor]:
-    call = _Call.of(Problem.of(q, k, v), *program_and_how)
-    if call.plan.backend == "triton":
+    call = _Call.of(q, k, v, *program_and_how)
+    if call.plan.has_kernels:
         from anymask.kernels import launch
 
         return launch.forward(q, k, v, call.mods, call.bindings, call.blocks, call.plan, call.scale)
@@ -179,9 +183,9 @@ def _backward(
     lse: Tensor,
     *program_and_how: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    call = _Call.of(Problem.of(q, k, v), *program_and_how)
+    call = _Call.of(q, k, v, *program_and_how)
     saved = (dout, dlse, q, k, v, out, lse, call.mods, call.bindings, call.blocks)
-    if call.plan.backend == "triton":
+    if call.plan.has_kernels:
         from anymask.kernels import launch
 
         return launch.backward(*saved, call.plan, call.scale)
@@ -267,8 +271,8 @@ def make_map(captures: tuple[Tensor, ...], *rest: Any) -> Tensor:
 
 def prepare(q: Tensor, k: Tensor, v: Tensor, *program_and_how: Any) -> Prepared | None:
     """The Triton kernels of a call, made ready for all calls like it; None where another backend runs it."""
-    call = _Call.of(Problem.of(q, k, v), *program_and_how)
-    if call.plan.backend != "triton":
+    call = _Call.of(q, k, v, *program_and_how)
+    if not call.plan.has_kernels:
         return None
     from anymask.kernels import launch
 

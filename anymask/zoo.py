@@ -298,7 +298,13 @@ def tree(parents: Tensor, prefix_len: PerBatch = 0) -> Mask:
     def sees(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
         place = kv_idx - of_batch(prefix_len, b)
         node = place.clamp(min=0)
-        return (place < 0) | (is_above[b, q_idx, node] if is_above.dim() == 3 else is_above[q_idx, node])
+        return (place < 0) | is_node_above(b, q_idx, node)
+
+    def is_node_above(b: Any, q_idx: Any, node: Any) -> Any:
+        return is_above[b, q_idx, node] if is_above.dim() == 3 else is_above[q_idx, node]
+
+    if isinstance(prefix_len, int) and prefix_len == 0:  # read 16 keys at a time
+        return Mask(lambda b, h, q_idx, kv_idx: is_node_above(b, q_idx, kv_idx), "tree", parents, prefix_len)
 
     return Mask(sees, "tree", parents, prefix_len)
 

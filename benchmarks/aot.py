@@ -4,14 +4,16 @@
     python benchmarks/aot.py --sample   a covering sample, about half a minute
     python benchmarks/aot.py --lengths 200   how often each kernel would compile for 200 random lengths of one mask
 
-Exits with 1 where a kernel does not compile, needs more shared memory than the device has or than plan.py estimates, or
-where ptxas serialises the products of a case whose speed is measured.
+Exits with 1 where a kernel does not compile, needs more shared memory than the device has or than plan.py estimates,
+where ptxas serialises the products of a case whose speed is measured or of any Hopper kernel, or where a Hopper kernel
+of a case whose speed is measured spills.
 The arguments are those that launch.py passes: its launches are recorded instead of run.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -30,16 +32,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource, make_backend
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import compute_cache_key, create_function_from_signature
 
 from anymask import causal, document
 from anymask.blocks.block_map import BlockMap
+from anymask.errors import UnsupportedError
 from anymask.expr.interval import Grid
 from anymask.expr.mods import Mods, text_of
 from anymask.expr.trace import trace
-from anymask.kernels import launch
-from anymask.kernels.configs import SHARED_LIMITS, Config
-from anymask.kernels.plan import Need, Plan, choose, family_of, shared_memory
+from anymask.kernels import hopper_launch, launch
+from anymask.kernels.configs import SHARED_LIMITS, Config, HopperConfig
+from anymask.kernels.plan import Need, choose, family_of, hopper_shared_memory, shared_memory
 from anymask.problem import Problem
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -56,6 +60,7 @@ TARGETS = {
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 KERNELS = ("forward", "dkdv", "dq", "classify", "walk", "order")
+HOPPER_KERNELS = ("hopper_forward",)  # only where plan.py has one
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ class Job:
     Dv: int
     arch: str
     Sq: int = 1024  # a multiple of the tile: kernels drop their tail tests
-    kernels: tuple[str, ...] = KERNELS
+    kernels: tuple[str, ...] = KERNELS + HOPPER_KERNELS
     tile: int = 64
 
     @property
@@ -84,7 +89,7 @@ class Job:
 class Row:
     job: Job
     kernel: str
-    config: Config | None
+    config: Config | HopperConfig | None
     registers: int
     spills: int  # bytes on NVIDIA, registers on AMD
     is_serial: bool  # ptxas says that it serialised the wgmma products
@@ -95,7 +100,10 @@ class Row:
     @property
     def is_good(self) -> bool:
         limit = SHARED_LIMITS[family_of(self.job.arch)]
-        if self.is_serial and self.job.is_tuned:
+        is_hopper = self.kernel in HOPPER_KERNELS
+        if self.is_serial and (is_hopper or self.job.is_tuned):
+            return False
+        if self.spills and is_hopper and self.job.is_tuned:
             return False
         return not self.error and self.shared <= (limit if self.estimate is None else min(limit, self.estimate))
 
@@ -117,6 +125,9 @@ def full_jobs() -> Iterator[Job]:
 def sample_jobs() -> Iterator[Job]:
     """Each architecture, mask, score function, dtype and padded head dim at least once, each only in some kernels."""
     yield Job("documents_causal", "", "bf16", 128, 128, "sm_90")
+    yield Job("everything", "capped", "f16", 64, 128, "sm_90", Sq=1000, kernels=HOPPER_KERNELS)
+    yield Job("mode_1", "linear_bias", "bf16", 128, 64, "sm_90", kernels=HOPPER_KERNELS)
+    yield Job("tree", "", "bf16", 64, 64, "sm_90", kernels=HOPPER_KERNELS)
     yield Job("block_diffusion", "capped_and_biased", "f16", 64, 64, "sm_80", Sq=1000)
     yield Job("bit_table", "", "bf16", 256, 256, "sm_90", kernels=("forward", "dkdv"))
     yield Job("tree", "", "f32", 64, 64, "sm_90", kernels=("forward",))
@@ -145,9 +156,21 @@ def compile_job(job: Job) -> list[Row]:
         launch.forward(q, k, v, mods, bindings, blocks, plan, 0.125)
         launch.backward(dout, None, q, k, v, out, lse, mods, bindings, blocks, plan, 0.125)
         launch.classify(mods.mask, bindings, Grid(2, 4, job.Sq, job.Sq, tile, torch.device("cpu")))
+        with contextlib.suppress(UnsupportedError):
+            gluon_plan = choose(problem, mods, tile, arch=job.arch, backend="gluon")
+            launch.forward(q, k, v, mods, bindings, blocks, gluon_plan, 0.125)
     need = Need.of(job.D, job.Dv, dtype, mods, family_of(job.arch))
+    configs: dict[str, Any] = {name: getattr(plan, name, None) for name in KERNELS}
+    estimates = {name: shared_memory(name, config, need) for name, config in configs.items() if config}
+    if "hopper_forward" in recorder.calls:
+        configs["hopper_forward"] = gluon_plan.forward
+        estimates["hopper_forward"] = hopper_shared_memory(gluon_plan.forward, job.D, job.Dv)
     # without a mask there is nothing to walk
-    return [_compile(job, plan, need, name, *recorder.calls[name]) for name in job.kernels if name in recorder.calls]
+    return [
+        _compile(job, configs[name], estimates.get(name), name, *recorder.calls[name])
+        for name in job.kernels
+        if name in recorder.calls
+    ]
 
 
 class Recorder:
@@ -155,6 +178,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.kernels = {name: getattr(launch, f"{name}_kernel") for name in KERNELS}
+        self.kernels |= {name: getattr(hopper_launch, f"{name}_kernel") for name in HOPPER_KERNELS}
         self.calls: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {}
 
     def __enter__(self) -> Recorder:
@@ -174,10 +198,14 @@ class Recorder:
 
 
 def _compile(
-    job: Job, plan: Plan, need: Need, name: str, kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    job: Job,
+    config: Config | HopperConfig | None,
+    estimate: int | None,
+    name: str,
+    kernel: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> Row:
-    config = getattr(plan, name, None)
-    estimate = shared_memory(name, config, need) if config else None
     target = TARGETS[job.arch]
     backend = make_backend(target)
     bound, specialization, options = create_function_from_signature(kernel.signature, kernel.params, backend)(
@@ -185,7 +213,7 @@ def _compile(
     )
     options, signature, constexprs, attrs = kernel._pack_args(backend, kwargs, bound, specialization, options)
     try:
-        source = ASTSource(kernel, signature, constexprs, attrs)
+        source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constexprs, attrs)
         compiled = triton.compile(source, target=target, options=options.__dict__)
         registers, spills, is_serial = resources(compiled, target)
     except Exception as error:
@@ -253,17 +281,17 @@ def main() -> int:
         print(json.dumps(compilations(options.lengths)))
         return 0
     jobs = [job for job in (sample_jobs if options.sample else full_jobs)() if re.search(options.only, repr(job))]
-    head = f"{'arch':7} {'dtype':5} {'D':>3} {'Dv':>3} {'mask':26} {'score':18} {'kernel':8} {'tiles':30}"
+    head = f"{'arch':7} {'dtype':5} {'D':>3} {'Dv':>3} {'mask':26} {'score':18} {'kernel':14} {'tiles':45}"
     print(f"{head} {'regs':>4} {'spills':>6} {'shared':>7} {'estimate':>8}")
     bad = 0
     with ProcessPoolExecutor(options.jobs) as pool:
         for rows in pool.map(compile_job, jobs):
             for row in rows:
                 job = row.job
-                what = f"{job.arch:7} {job.dtype:5} {job.D:3} {job.Dv:3} {job.mask:26} {job.score:18} {row.kernel:8}"
+                what = f"{job.arch:7} {job.dtype:5} {job.D:3} {job.Dv:3} {job.mask:26} {job.score:18} {row.kernel:14}"
                 takes = f"{row.registers:4} {row.spills:6} {row.shared:7} {row.estimate or '-':>8}"
                 verdict = ("serial " if row.is_serial else "") + ("" if row.is_good else f"BAD {row.error}")
-                print(f"{what} {row.config or '-'!s:30} {takes} {verdict}", flush=True)
+                print(f"{what} {row.config or '-'!s:45} {takes} {verdict}", flush=True)
                 bad += not row.is_good
     print(f"{len(jobs)} jobs, {bad} bad rows")
     return 1 if bad else 0

@@ -173,6 +173,10 @@ CASES = {f.__name__: f for f in (dense, gqa, documents, mode1, window, scores)}
 
 
 def provide_anymask(case: Case) -> Callable:
+    return lambda q, k, v: attention(q, k, v, mask=case.mask, score_mod=case.score_mod)
+
+
+def provide_anymask_triton(case: Case) -> Callable:
     return lambda q, k, v: attention(q, k, v, mask=case.mask, score_mod=case.score_mod, backend="triton")
 
 
@@ -197,7 +201,12 @@ def provide_sdpa_cudnn(case: Case) -> Callable | None:
     return run
 
 
-PROVIDERS = {"flex": provide_flex, "anymask": provide_anymask, "sdpa_cudnn": provide_sdpa_cudnn}
+PROVIDERS = {
+    "flex": provide_flex,
+    "anymask": provide_anymask,
+    "anymask_triton": provide_anymask_triton,
+    "sdpa_cudnn": provide_sdpa_cudnn,
+}
 
 
 # ---- the check
@@ -397,7 +406,7 @@ def run_case(case: Case) -> list[dict]:
 def first_call() -> list[dict]:
     """First call of a mask no cache knows, and the same in a second process, which finds the first one's files."""
     rows = []
-    for impl in ("anymask", "flex"):
+    for impl in ("anymask", "anymask_triton", "flex"):
         with tempfile.TemporaryDirectory() as folder:
             env = {
                 **os.environ,
@@ -457,7 +466,7 @@ def environment() -> dict:
 
 
 def line_of(row: dict) -> str:
-    start = f"{row['work']:<40} {row['impl']:<11}"
+    start = f"{row['work']:<40} {row['impl']:<14}"
     if "failed" in row:
         return f"{start} {row['failed']}"
     if "fwd_ms" not in row:
@@ -470,7 +479,7 @@ def line_of(row: dict) -> str:
 
 
 HEADER = (
-    f"{'work':<40} {'impl':<11} {'fwd ms':>9} {'bwd ms':>9} {'TFLOP/s':>8} {'bwd':>7} "
+    f"{'work':<40} {'impl':<14} {'fwd ms':>9} {'bwd ms':>9} {'TFLOP/s':>8} {'bwd':>7} "
     f"{'x flex':>8} {'bwd':>6} {'err':>8} {'peak MiB':>9}"
 )
 

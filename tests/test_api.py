@@ -119,7 +119,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "head dims": (lambda q, k, v: attention(q[..., :8], k, v), "same head dim"),
     "odd head dim": (lambda q, k, v: attention(q[..., :12], k[..., :12], v), "multiple of 8"),
     "devices": (lambda q, k, v: attention(q, k.to("meta"), v), "one device"),
-    "backend": (lambda q, k, v: attention(q, k, v, backend="cuda"), "none of triton, eager, reference"),
+    "backend": (lambda q, k, v: attention(q, k, v, backend="cuda"), "none of gluon, triton, eager, reference"),
     "float mask": (lambda q, k, v: attention(q, k, v, mask=torch.zeros(8, 8)), "score_mod"),
     "short ids": (lambda q, k, v: attention(q, k, v, mask=document(torch.zeros(5).int())), "goes up to 7"),
     "ids of fewer batches": (lambda q, k, v: attention(q, k, v, mask=document(torch.zeros(1, 8).int())), "at b"),

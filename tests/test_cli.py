@@ -150,7 +150,7 @@ def test_text_for_people(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> 
         "1 × 4 tiles of 64 × 64 positions, 1 map\n",
         "0 empty, 1 partial, 3 full: 100.0% visited",
         "visible pairs: 14,368 of 16,384 (87.7%), counted",
-        "triton on sm_90, half",
+        " on sm_90, half",
         "def hide(x, other, b, h, q_idx, kv_idx, captures, ints, floats):",
         "███▒",
         f"drawn to {picture}",

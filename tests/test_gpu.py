@@ -1,4 +1,4 @@
-"""The Triton kernels on a real GPU: the zoo, dtypes, head dims, sizes, layouts, determinism, memory, torch.compile."""
+"""The kernels on a real GPU: the zoo, dtypes, head dims, sizes, layouts, determinism, memory, torch.compile."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from tests.test_zoo import gradients, run
 
 pytestmark = pytest.mark.gpu
 HALF = (torch.float16, torch.bfloat16)
+IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+hopper = pytest.mark.skipif(not IS_HOPPER, reason="needs a Hopper GPU")
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
@@ -26,6 +28,41 @@ HALF = (torch.float16, torch.bfloat16)
 def test_mask(name: str, dtype: torch.dtype) -> None:
     sizes = (2, 4, 2, 333, 290, 64, 64)
     run("triton", MASKS[name](Sizes(2, 4, 333, 290, "cuda")), None, sizes, dtype, "cuda", 128)
+
+
+@hopper
+@pytest.mark.parametrize("i, name", enumerate(MASKS))
+def test_mask_on_hopper(i: int, name: str) -> None:
+    D, dtype, tile = ((64, torch.bfloat16, 64), (128, torch.float16, 128))[i % 2]
+    sizes = (2, 4, 2, 333, 290, D, D)
+    run("gluon", MASKS[name](Sizes(2, 4, 333, 290, "cuda")), None, sizes, dtype, "cuda", tile)
+
+
+@hopper
+@pytest.mark.parametrize("mask", [None, causal()], ids=["unmasked", "causal"])
+@pytest.mark.parametrize("name", SCORES)
+def test_score_function_on_hopper(name: str, mask: Any) -> None:
+    sizes = (2, 4, 2, 200, 170, 128, 64)
+    run("gluon", mask, SCORES[name](Sizes(2, 4, 200, 170, "cuda")), sizes, torch.bfloat16, "cuda", 128)
+
+
+@hopper
+@pytest.mark.parametrize("D, Dv", [(64, 64), (64, 128), (128, 64), (128, 128)])
+@pytest.mark.parametrize("S", [(1, 1), (128, 128), (127, 129), (700, 1500)], ids=str)
+def test_sizes_on_hopper(S: tuple[int, int], D: int, Dv: int) -> None:
+    for mask in (None, sliding_window(300, 20)):
+        run("gluon", mask, None, (2, 4, 2, *S, D, Dv), torch.bfloat16, "cuda", 128)
+
+
+@hopper
+def test_what_tma_does_not_take_goes_to_triton() -> None:
+    from anymask import UnsupportedError
+
+    x = torch.randn(1, 2, 200, 72, device="cuda", dtype=torch.float16)[..., 1:65]
+    with pytest.raises(UnsupportedError, match="multiple of 16 bytes"):
+        attention(x, x, x, mask=causal(), backend="gluon")
+    expected = attention(*[x.contiguous()] * 3, mask=causal(), backend="gluon")
+    torch.testing.assert_close(attention(x, x, x, mask=causal()), expected, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("name", ["documents_causal", "random_tensor", "nothing", "mode_1"])

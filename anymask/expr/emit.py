@@ -114,7 +114,7 @@ def odd(n: int) -> int:
 TEMPLATES: dict[Op, str | Callable[[Expr], str]] = {
     Op.INDEX: "{0}",
     Op.SCORE: "{0}",
-    Op.CONST: lambda node: f"tl.full([], {_literal(node)}, {{type}})",
+    Op.CONST: lambda node: f"tl.cast({_literal(node)}, {{type}})",
     Op.NUMBER: lambda node: (
         f"tl.cast(floats[{node.value}], {{type}})"
         if node.dtype is DType.FLOAT

@@ -19,6 +19,27 @@ class Config:
 
 
 @dataclass(frozen=True)
+class HopperConfig:
+    """Tiles of the Hopper forward: 64 queries for each consumer warpgroup. num_stages: tiles of keys in shared memory.
+
+    has_turns: two consumers issue their products in turns, so that one's softmax overlaps the other's products.
+    """
+
+    BLOCK_Q: int
+    BLOCK_KV: int
+    num_stages: int
+    has_turns: bool
+
+    @property
+    def num_consumers(self) -> int:
+        return self.BLOCK_Q // 64
+
+    def __str__(self) -> str:
+        turns = ", in turns" if self.has_turns else ""
+        return f"{self.BLOCK_Q}x{self.BLOCK_KV}, {self.num_consumers} warpgroups{turns}, {self.num_stages} stages"
+
+
+@dataclass(frozen=True)
 class Row:
     family: str
     arithmetic: str  # "half": 16-bit tensor cores; "tf32"; "ieee": float32 without tensor cores
@@ -26,8 +47,8 @@ class Row:
     forward: Config
     dkdv: Config
     dq: Config
-    is_ragged: bool = False  # only for masks that read tensors, as documents do, of lengths up to max_S
-    max_S: int = 1 << 62
+    is_dense: bool = False  # only without a mask
+    has_score: bool = False  # only with a score function
 
 
 # Shared memory that one program may use, in bytes.
@@ -58,13 +79,19 @@ FAMILIES = {
 
 # fmt: off
 ROWS = (
-    # sm_90: H200, bf16, S 8192, 2026-11-22. Numbers are TFLOP/s of forward / dK/dV / dQ by what each computes.
-    # causal 415 / 479 / 572; forward 128 x 64 391, dK/dV 64 x 128 with 8 warps 389, dQ 128 x 64 with 8 warps 430
-    Row("sm_90", "half", 64, Config(64, 64, 4, 3), Config(64, 64, 4, 3), Config(64, 64, 4, 3)),
-    # 16k tokens in 14 documents 386 / 609 / 446 us, dK/dV as in the next row 714: short rows need two programs an SM
-    Row("sm_90", "half", 128, Config(64, 64, 4, 3), Config(32, 64, 4, 3), Config(128, 64, 8, 3), True, 32768),
-    # no mask 515 / 630 / 660; causal 458 / 560 / 640, dK/dV 32 x 64 with 4 warps 520, dQ 64 x 64 with 4 warps 580
-    Row("sm_90", "half", 128, Config(64, 64, 4, 3), Config(64, 128, 8, 3), Config(128, 64, 8, 3)),
+    # sm_90: H200, bf16, 2026-11-22; S 8192 unless said. Kernel times in us of forward / dK/dV / dQ.
+    # no mask 2440 / 4940 / 2600; forward 128 x 64 2611
+    Row("sm_90", "half", 64, Config(64, 64, 4, 3), Config(64, 64, 4, 3), Config(64, 64, 4, 3), is_dense=True),
+    # causal 1275 / 1949 / 1587, 16k tokens in 14 documents 461 / 630 / 522; forward 64 x 64 1438, 517; dK/dV
+    # 32 x 64 2067, 709; dQ 128 x 64 1690, 744
+    Row("sm_90", "half", 64, Config(128, 64, 4, 3), Config(64, 64, 4, 3), Config(64, 64, 4, 3)),
+    # no mask 2151 / 3521 / 2510; dK/dV 32 x 64 3727
+    Row("sm_90", "half", 128, Config(64, 64, 4, 3), Config(64, 128, 8, 3), Config(128, 64, 8, 3), is_dense=True),
+    # softcap, causal 1643 / 2503 / 2043, ALiBi 1321 / 2147 / 1349; dK/dV 32 x 64 2676, 2196
+    Row("sm_90", "half", 128, Config(64, 64, 4, 3), Config(64, 128, 8, 3), Config(128, 64, 8, 3), has_score=True),
+    # causal 1111 / 1899 / 1304, window 1024 of 32k 714 / 1236 / 904, documents 16k 381 / 668 / 464; dK/dV
+    # 64 x 128 2089, 1372, 714
+    Row("sm_90", "half", 128, Config(64, 64, 4, 3), Config(32, 64, 4, 3), Config(128, 64, 8, 3)),
     # not tuned
     Row("sm_90", "half", 256, Config(128, 64, 8, 2), Config(64, 64, 8, 1), Config(64, 64, 8, 2)),
     Row("sm_90", "tf32", 64, Config(128, 64, 8, 2), Config(64, 64, 8, 2), Config(64, 64, 4, 2)),
@@ -102,8 +129,8 @@ ROWS = (
 # fmt: on
 
 
-def lookup(family: str, arithmetic: str, D: int, is_ragged: bool, S: int) -> Row:
-    """The first row for this family ("any" fits all), arithmetic, padded head dim, mask and longer length."""
+def lookup(family: str, arithmetic: str, D: int, has_mask: bool, has_score: bool) -> Row:
+    """The first row for this family ("any" fits all), arithmetic, padded head dim, mask and score function."""
     rows = sorted(ROWS, key=lambda row: row.family == "any")
     return next(
         row
@@ -111,6 +138,43 @@ def lookup(family: str, arithmetic: str, D: int, is_ragged: bool, S: int) -> Row
         if row.family in (family, "any")
         and row.arithmetic == arithmetic
         and row.max_D >= D
-        and row.is_ragged <= is_ragged
-        and row.max_S >= S
+        and not (row.is_dense and has_mask)
+        and row.has_score <= has_score
     )
+
+
+@dataclass(frozen=True)
+class HopperRow:
+    max_D: int  # of max(D, Dv)
+    forward: HopperConfig
+    min_Sq: int = 0
+    is_light: bool = False  # only for masks of indices alone, without a score function
+
+
+# H200, bf16, 16,384 tokens in all, 2026-11-22. Numbers are TFLOP/s: no mask / causal.
+HOPPER_ROWS = (
+    # S 16384 523 / 501, 8192 513 / 469, 4096 478 / 407, 2048 447 / 321; documents spill 728 bytes
+    HopperRow(64, HopperConfig(192, 128, 3, False), 2048, True),
+    # S 16384 434 / 432, 2048 395 / 326, 1024 347 / 245, 512 276 / 165; the portable one 352 / 367, 349 / 323,
+    # 329 / 266, 288 / 194
+    HopperRow(64, HopperConfig(128, 128, 3, True), 2048),
+    # S 16384 645 / 629, 2048 605 / 505, 512 424 / 251; without turns 621 / 617; the portable one 455 / 438, 428 / 386,
+    # 341 / 219
+    HopperRow(128, HopperConfig(128, 128, 2, True)),
+)
+
+
+def hopper_config(D: int, Sq: int, tile_q: int, is_light: bool) -> HopperConfig | None:
+    """The forward's for D = max(D, Dv) and maps with tiles of tile_q queries; None where the portable one is faster."""
+    max_D = min(row.max_D for row in HOPPER_ROWS if row.max_D >= D)
+    for row in HOPPER_ROWS:
+        BLOCK_Q = row.forward.BLOCK_Q
+        fits = max(BLOCK_Q, tile_q) % min(BLOCK_Q, tile_q) == 0
+        if row.max_D == max_D and row.min_Sq <= Sq and row.is_light <= is_light and fits:
+            return row.forward
+    return None
+
+
+# Registers a thread, by number of consumers: at entry, and of each role but the first (which gets what is left) after
+# the register split.
+HOPPER_REGISTERS = {2: (168, (240, 24)), 3: (128, (160, 160, 24))}

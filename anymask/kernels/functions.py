@@ -55,7 +55,7 @@ def shift_right(x, amount):
 @triton.jit
 def integer_power(x, N: tl.constexpr):
     """x^N, by squaring; in the shape of x also for N = 0."""
-    result = tl.full(x.shape, 1.0, tl.float32)
+    result = tl.where(x == x, 1.0, 1.0)
     square = x
     M: tl.constexpr = N if N >= 0 else -N
     for bit in tl.static_range(7):

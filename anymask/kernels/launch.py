@@ -1,4 +1,7 @@
-"""The only file that starts kernels: map, walk, forward, backward. It obeys the plan and owns what it writes."""
+"""The only file that starts kernels: map, walk, forward, backward. It obeys the plan and owns what it writes.
+
+(What the Hopper kernels are started with is in hopper_launch.py, which imports Gluon.)
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from anymask.expr.grad import derivative
 from anymask.expr.interval import Grid
 from anymask.expr.ir import Expr
 from anymask.expr.mods import Mods
-from anymask.kernels.configs import Config
+from anymask.kernels.configs import Config, HopperConfig
 from anymask.kernels.jit import jitted
 from anymask.kernels.plan import KERNELS, Plan, Shape, padded, walk_shapes
 from anymask.kernels.recipe import TENSOR, Layout, Recipe
@@ -66,13 +69,13 @@ class Likeness:
         return 0 in (*self.q.shape, self.k.shape[2])
 
     @functools.cached_property
-    def out(self) -> tuple[Sizes, Strides]:
-        """Sizes and strides."""
-        Dv = self.v.shape[3]
-        return (*self.q.shape[:3], Dv), dense_strides(self.q.shape, self.q.strides, Dv)
+    def out(self) -> Layout:
+        shape, Dv = self.q.shape, self.v.shape[3]
+        return self.q._replace(shape=(*shape[:3], Dv), strides=dense_strides(shape, self.q.strides, Dv))
 
     @functools.cached_property
     def lse(self) -> tuple[Sizes, Strides]:
+        """Sizes and strides."""
         B, Hq, Sq, _ = self.q.shape
         return (B, Hq, Sq), (Hq * Sq, Sq, 1)
 
@@ -95,7 +98,7 @@ class Prepared(NamedTuple):
         A row that sees no key: out = 0, lse = -inf.
         """
         alike = self.alike
-        out = torch.empty_strided(*alike.out, dtype=q.dtype, device=q.device)
+        out = torch.empty_strided(alike.out.shape, alike.out.strides, dtype=q.dtype, device=q.device)
         lse = torch.empty_strided(*alike.lse, dtype=torch.float32, device=q.device)
         if alike.is_nothing:
             return out.zero_(), lse.fill_(float("-inf"))
@@ -185,15 +188,24 @@ def _forward_recipe(alike: Likeness) -> Recipe:
     plan, scale = alike.plan, alike.scale
     B, Hq, Sq, D = alike.q.shape
     Hkv, Skv, Dv = alike.v.shape[1:]
-    _, out = alike.out
-    config = _config(plan.forward)
-    tile_q, tile_kv = walk_shapes(plan, alike.tile)[0][0]
-    num_rows = _ceil(Sq, tile_q)
+    out = alike.out.strides
     bindings, wide = _bind(alike.captures, alike.ints, alike.floats)
     mask, score, _ = _functions(alike.mods, wide, plan.is_ptx, has_gradient=False)
     if score is None and scale <= 0:  # the identity: the kernel's short cut needs scale > 0
         score = _function(alike.mods.score, "score", wide, plan.is_ptx)
-    head_bytes = Skv * (D + Dv) * alike.q.dtype.itemsize
+    config = plan.forward
+    assert config is not None, "a plan of another backend"
+    tile_q, tile_kv = walk_shapes(plan, alike.tile)[0][0]
+    if isinstance(config, HopperConfig) and alike.maps is None:
+        tile_q, tile_kv = config.BLOCK_Q, config.BLOCK_KV
+    num_rows, head_bytes = _ceil(Sq, tile_q), Skv * (D + Dv) * alike.q.dtype.itemsize
+    walk = _walk_arguments(alike.maps, _ceil(Skv, tile_kv), num_rows, B * Hq, Hq // Hkv, head_bytes, plan)
+    if isinstance(config, HopperConfig):
+        from anymask.kernels.hopper_launch import forward_recipe
+
+        mask = None if alike.maps is None else mask
+        tensors = (alike.q, alike.k, alike.v, alike.out)
+        return forward_recipe(*tensors, walk, (tile_q, tile_kv), scale, bindings, mask, score, config)
     return Recipe(
         alike.q.device,
         forward_kernel,
@@ -207,7 +219,7 @@ def _forward_recipe(alike: Likeness) -> Recipe:
         alike.k.strides,
         alike.v.strides,
         out,
-        *_walk_arguments(alike.maps, _ceil(Skv, tile_kv), num_rows, B * Hq, Hq // Hkv, head_bytes, plan),
+        *walk,
         Hq,
         Sq,
         Skv,
@@ -544,8 +556,8 @@ def _addressing(*strides: tuple[int, ...]) -> dict[str, Any]:
     return {"ALIGN": 8 if is_aligned else 1, "WIDE": is_wide}
 
 
-def _config(config: Config | None) -> Config:
-    assert config is not None, "a plan of another backend"
+def _config(config: Config | HopperConfig | None) -> Config:
+    assert isinstance(config, Config), "a plan of another backend"
     return config
 
 

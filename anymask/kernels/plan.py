@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from anymask.errors import UnsupportedError
 from anymask.expr.ir import DType, Op
 from anymask.expr.mods import Mods
-from anymask.kernels.configs import FAMILIES, RAGGED_BYTES, REGULAR_BYTES, SHARED_LIMITS, Config, lookup
+from anymask.kernels.configs import (
+    FAMILIES,
+    RAGGED_BYTES,
+    REGULAR_BYTES,
+    SHARED_LIMITS,
+    Config,
+    HopperConfig,
+    hopper_config,
+    lookup,
+)
 from anymask.problem import Problem
 
-BACKENDS = ("triton", "eager", "reference")
+BACKENDS = ("gluon", "triton", "eager", "reference")
 KERNELS = ("forward", "dkdv", "dq")
 
 
@@ -24,18 +35,24 @@ KERNELS = ("forward", "dkdv", "dq")
 class Plan:
     """What launch obeys. All but backend, arch and why are for Triton.
 
+    backend: "gluon" where the forward is the Hopper kernel; its backward is that of "triton".
     precision: of float32 products, "ieee" or "tf32".  shared_bytes: heads run together while what their programs read
     in common stays below this.
     """
 
     backend: str
     arch: str = ""
-    forward: Config | None = None
+    forward: Config | HopperConfig | None = None
     dkdv: Config | None = None
     dq: Config | None = None
     precision: str = "ieee"
     shared_bytes: int = 0
     why: str = ""
+
+    @property
+    def has_kernels(self) -> bool:
+        """It is for kernels/launch.py."""
+        return self.backend in ("gluon", "triton")
 
     @property
     def is_ptx(self) -> bool:
@@ -67,21 +84,41 @@ def choose(
     backend: str | None = None,
     config: Mapping[str, Config | Mapping[str, Any]] | None = None,
     deterministic: bool | None = None,
+    tma_obstacle: str | None = None,
 ) -> Plan:
     """The plan of a call whose map has tiles of `tile` (queries, keys) on `arch` (see arch_of).
 
     backend: None for the best that can do it.  config: by kernel ("forward", "dkdv", "dq") a Config, or some of its
-    fields by name, instead of the row's. Both are obeyed or raise UnsupportedError.  deterministic: every backend
-    is, so nothing depends on it.
+    fields by name, instead of the row's; for the forward of "gluon" those of HopperConfig. Both are obeyed or raise
+    UnsupportedError.  deterministic: every backend is, so nothing depends on it.  tma_obstacle: what keeps TMA from
+    reading q, k and v (see tma_obstacle_of).
     """
     if backend is not None and backend not in BACKENDS:
         raise UnsupportedError(f"backend={backend!r} is none of {', '.join(BACKENDS)}")
     obstacle = _obstacle(problem, tile, arch)
-    if backend == "triton" and obstacle:
-        raise UnsupportedError(f"backend='triton' cannot run this: {obstacle}. backend='eager' can")
+    if backend in ("gluon", "triton") and obstacle:
+        raise UnsupportedError(f"backend={backend!r} cannot run this: {obstacle}. backend='eager' can")
+    why_no_gluon = _gluon_obstacle(problem.D, problem.Dv, problem.dtype, arch, _triton_version()) or tma_obstacle
+    if backend == "gluon" and why_no_gluon:
+        raise UnsupportedError(f"backend='gluon' cannot run this: {why_no_gluon}. backend='triton' can")
     if backend is None:
-        backend = "eager" if obstacle or arch == "interpreter" else "triton"
-    if backend != "triton":
+        if min(tile) < 64:
+            why_no_gluon = why_no_gluon or f"the map's tiles of {tile[0]} x {tile[1]} are for smaller ones than its"
+        if config and "forward" in config:
+            why_no_gluon = why_no_gluon or "config= sets the portable forward"
+    elif backend == "triton":
+        why_no_gluon = "backend='triton'"
+    hopper = None
+    if not why_no_gluon:
+        Sq = problem.Sq if backend is None else 1 << 62
+        # a mask of indices alone leaves the registers that three consumers need
+        is_light = not (mods.is_ragged or mods.has_score)
+        hopper = hopper_config(max(problem.D, problem.Dv), Sq, tile[0], is_light)
+        if hopper is None:
+            why_no_gluon = f"the portable one is faster for {Sq} queries of head dim {problem.D}"
+    if backend is None:
+        backend = "eager" if obstacle or arch == "interpreter" else "triton" if why_no_gluon else "gluon"
+    if backend not in ("gluon", "triton"):
         if config:
             raise UnsupportedError(
                 f"config= is for Triton kernels, and this runs on {backend!r} ({obstacle or 'forced'})"
@@ -92,33 +129,50 @@ def choose(
     if unknown:
         raise UnsupportedError(f"config= has the keys {sorted(unknown)}; it takes {', '.join(KERNELS)}")
     precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-    S = max(problem.Sq, problem.Skv)
-    plan = _tuned(problem.D, problem.Dv, problem.dtype, mods, tile, S, arch, precision)
+    plan = _tuned(problem.D, problem.Dv, problem.dtype, mods, tile, arch, precision, hopper, why_no_gluon)
     if not config:
         return plan
     need = Need.of(problem.D, problem.Dv, problem.dtype, mods, family_of(arch))
-    wanted: dict[str, Any] = {
-        kernel: _override(kernel, getattr(plan, kernel), config[kernel], need) for kernel in config
-    }
+    wanted: dict[str, Any] = {}
+    for kernel in config:
+        default = getattr(plan, kernel)
+        if isinstance(default, HopperConfig):
+            wanted[kernel] = _override_hopper(default, config[kernel], tile, problem.D, problem.Dv)
+        else:
+            wanted[kernel] = _override(kernel, default, config[kernel], need)
     plan = replace(plan, **wanted)
     return replace(plan, why=f"{plan.why}; config= sets {', '.join(f'{name} {wanted[name]}' for name in wanted)}")
 
 
 @functools.lru_cache(maxsize=4096)
 def _tuned(
-    D: int, Dv: int, dtype: torch.dtype, mods: Mods, tile: tuple[int, int], S: int, arch: str, precision: str
+    D: int,
+    Dv: int,
+    dtype: torch.dtype,
+    mods: Mods,
+    tile: tuple[int, int],
+    arch: str,
+    precision: str,
+    hopper: HopperConfig | None,
+    why_no_gluon: str | None,
 ) -> Plan:
-    """The Triton plan that the tuning rows give."""
+    """The plan that the tuning rows give. hopper: of the forward, None: it is the portable one, and why_no_gluon."""
     family = family_of(arch)
     arithmetic = "half" if dtype.itemsize == 2 else "ieee" if family == "interpreter" else precision
     need = Need.of(D, Dv, dtype, mods, family)
-    row = lookup(family, arithmetic, max(need.D, need.Dv), mods.is_ragged, S)
-    chosen = {kernel: _fit(kernel, getattr(row, kernel), tile, need) for kernel in KERNELS}
+    row = lookup(family, arithmetic, max(need.D, need.Dv), mods.has_mask, mods.has_score)
+    chosen: dict[str, Any] = {kernel: _fit(kernel, getattr(row, kernel), tile, need) for kernel in KERNELS}
+    backend = "triton"
+    if hopper:
+        backend, chosen["forward"] = "gluon", hopper
     says = "; ".join(f"{kernel} {chosen[kernel]}" for kernel in KERNELS)
     works = " with a score function" if mods.has_score else ""
-    why = f"triton on {arch}, {arithmetic}, D {D}, Dv {Dv}{works}: {says}"
+    runs = "gluon forward and triton backward" if backend == "gluon" else backend
+    why = f"{runs} on {arch}, {arithmetic}, D {D}, Dv {Dv}{works}: {says}"
+    if family == "sm_90" and why_no_gluon:
+        why += f"; no gluon forward: {why_no_gluon}"
     shared_bytes = RAGGED_BYTES if mods.is_ragged else REGULAR_BYTES if mods.has_mask else 0
-    return Plan("triton", arch, **chosen, precision=precision, shared_bytes=shared_bytes, why=why)
+    return Plan(backend, arch, **chosen, precision=precision, shared_bytes=shared_bytes, why=why)
 
 
 def default_tile(device_type: str, length: int) -> tuple[int, int]:
@@ -144,7 +198,7 @@ def walk_shapes(plan: Plan, tile: tuple[int, int]) -> tuple[Shape, ...]:
     """The shapes of the walks that KERNELS take of a map of this tile: the bigger of its tile and the kernel's."""
     shapes = []
     for kernel in KERNELS:
-        config: Config = getattr(plan, kernel)
+        config: Config | HopperConfig = getattr(plan, kernel)
         shapes.append(((max(tile[0], config.BLOCK_Q), max(tile[1], config.BLOCK_KV)), kernel == "dkdv"))
     return tuple(shapes)
 
@@ -225,6 +279,87 @@ def _obstacle(problem: Problem, tile: tuple[int, int], arch: str) -> str | None:
     if any(size < 16 or size & (size - 1) for size in tile):
         return f"the map's tile is {tile[0]} x {tile[1]}; Triton needs powers of two from 16 on, e.g. tile=128"
     return None
+
+
+HOPPER_DIMS = (64, 128)
+GLUON_VERSIONS = ("3.6",)  # of Triton, whose Gluon the kernels are written in and compiled with
+
+
+@functools.lru_cache
+def _triton_version() -> str:
+    """Of the installed Triton, which is not imported; "" without one."""
+    for package in ("triton", "pytorch-triton"):
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ""
+
+
+@functools.lru_cache(maxsize=4096)
+def _gluon_obstacle(D: int, Dv: int, dtype: torch.dtype, arch: str, triton_version: str) -> str | None:
+    """Why the Hopper forward cannot run this, whatever its tensors, or None."""
+    if arch != "sm_90":
+        return f"Gluon kernels are for sm_90, not {arch}"
+    if dtype.itemsize != 2:
+        return f"Gluon kernels compute in float16 and bfloat16, not in {dtype}"
+    if D not in HOPPER_DIMS or Dv not in HOPPER_DIMS:
+        return f"Gluon kernels take D and Dv of {' and '.join(map(str, HOPPER_DIMS))}, not {D} and {Dv}"
+    if ".".join(triton_version.split(".")[:2]) not in GLUON_VERSIONS:
+        return f"Gluon kernels are for Triton {', '.join(GLUON_VERSIONS)}, not {triton_version or 'none'}"
+    return None
+
+
+def tma_obstacle_of(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """What keeps TMA from reading these tensors where they lie, or None."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.data_ptr() % 16:
+            return f"{name} does not begin at a multiple of 16 bytes"
+        obstacle = _stride_obstacle(x.shape, x.stride(), x.dtype.itemsize)
+        if obstacle:
+            return f"{name} has the strides {x.stride()}: {obstacle}"
+    return None
+
+
+@functools.lru_cache(maxsize=4096)
+def _stride_obstacle(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> str | None:
+    if strides[3] != 1:
+        return "TMA wants a contiguous last dimension"
+    used = [stride * itemsize for size, stride in zip(shape[:3], strides[:3], strict=True) if size > 1]
+    if any(stride % 16 or not 0 < stride < 1 << 40 for stride in used):
+        return "TMA wants strides that are multiples of 16 bytes, not 0 and below 2^40"
+    return None
+
+
+def hopper_shared_memory(config: HopperConfig, D: int, Dv: int) -> int:
+    """Bytes of shared memory that the Hopper forward needs at most: Q, out where it does not fit in Q's place, K, V."""
+    staged = D + (Dv if Dv > D else 0)
+    return 2 * (config.BLOCK_Q * staged + config.num_stages * config.BLOCK_KV * (D + Dv)) + 1024
+
+
+def _override_hopper(default: HopperConfig, wanted: Any, tile: tuple[int, int], D: int, Dv: int) -> HopperConfig:
+    """The user's config of the Hopper forward, checked."""
+    try:
+        config = wanted if isinstance(wanted, HopperConfig) else replace(default, **wanted)
+    except TypeError:
+        raise UnsupportedError(
+            f"config['forward'] = {wanted} should name BLOCK_Q, BLOCK_KV, num_stages or has_turns of the Gluon forward"
+        ) from None
+    if config.BLOCK_Q not in (128, 192) or config.BLOCK_KV not in (64, 128) or config.num_stages < 1:
+        raise UnsupportedError(
+            f"config['forward']: the Gluon forward takes BLOCK_Q 128 or 192, BLOCK_KV 64 or 128, num_stages from 1 on: "
+            f"{config}"
+        )
+    if max(config.BLOCK_Q, tile[0]) % min(config.BLOCK_Q, tile[0]):
+        raise UnsupportedError(f"config['forward']: BLOCK_Q={config.BLOCK_Q} and the map's {tile[0]}: none divides")
+    if config.has_turns and config.num_consumers != 2:
+        raise UnsupportedError(f"config['forward']: two warpgroups take turns, not {config.num_consumers}")
+    size, limit = hopper_shared_memory(config, D, Dv), SHARED_LIMITS["sm_90"]
+    if size > limit:
+        raise UnsupportedError(
+            f"config['forward']: {config} takes {size} bytes of shared memory of {limit}. Try fewer stages"
+        )
+    return config
 
 
 def _override(kernel: str, default: Config, wanted: Config | Mapping[str, Any], need: Need) -> Config:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -37,8 +38,44 @@ class Layout(NamedTuple):
         return Layout(x.shape, x.stride(), x.dtype, x.device)
 
 
+@dataclass(frozen=True)
+class Descriptor:
+    """Stands for a TMA descriptor of a tensor, as TENSOR does for the tensor itself."""
+
+    shape: list[int]
+    strides: list[int]
+    block_shape: list[int]
+    layout: Any
+
+    def of(self, tensor: Tensor) -> Any:
+        """The descriptor that Triton takes."""
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+        return TensorDescriptor(tensor, self.shape, self.strides, self.block_shape, self.layout)
+
+    def at(self, pointer: int) -> Located:
+        """What Triton's launcher asks of a descriptor, without the checks that `of` makes each time."""
+        return Located(pointer, self.shape, self.strides)
+
+
+class Located:
+    """A tensor for TMA: its own base, with an address."""
+
+    padding = "zero"
+
+    def __init__(self, pointer: int, shape: list[int], strides: list[int]) -> None:
+        self.pointer, self.shape, self.strides = pointer, shape, strides
+
+    @property
+    def base(self) -> Located:
+        return self
+
+    def data_ptr(self) -> int:
+        return self.pointer
+
+
 class Recipe:
-    """Call it with the tensors, in the order in which TENSOR stands for them: it launches on the current stream.
+    """Call it with the tensors, in the order in which TENSOR or a Descriptor stands for them: it launches.
 
     programs: the grid.  arguments, keywords: as in kernel[grid](...). A recipe holds no tensor; one serves all threads.
     """
@@ -46,7 +83,8 @@ class Recipe:
     def __init__(self, device: torch.device, kernel: Any, programs: int, *arguments: Any, **keywords: Any) -> None:
         self._device, self._kernel, self._grid = device, kernel, (programs, 1, 1)
         rest = [keywords.pop(name) for name in kernel.arg_names[len(arguments) :]]
-        self._fill = _filler((*arguments, *rest))
+        self._ordinary = _filler((*arguments, *rest), "of")
+        self._prepared = _filler((*arguments, *rest), "at")
         self._options = keywords
         self._compiled: dict[tuple[int, ...], Any] = {}
 
@@ -56,18 +94,21 @@ class Recipe:
         compiled = self._compiled.get(alignment)
         if compiled is None or _is_hooked() or not is_current(self._device):
             with _made_current(self._device):
-                compiled = self._kernel[self._grid](*self._fill(tensors), **self._options)
+                compiled = self._kernel[self._grid](*self._ordinary(tensors), **self._options)
             if _IS_KNOWN and compiled is not None:  # the interpreter compiles nothing
                 self._compiled[alignment] = compiled
             return
         stream = current_stream(self._device)
         # the pointers as numbers: Triton would ask each tensor again, and the driver whether the GPU can read there
-        arguments = self._fill(pointers)
+        arguments = self._prepared(pointers)
         compiled.run(*self._grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
 
 
-def _filler(arguments: tuple[Any, ...]) -> Any:
-    """The arguments as a function of the sequence of what TENSOR stands for: code, as Triton's own binders are."""
+def _filler(arguments: tuple[Any, ...], describe: str = "of") -> Any:
+    """The arguments as a function of the sequence of what TENSOR stands for: code, as Triton's own binders are.
+
+    describe: the method of Descriptor that makes one of it.
+    """
     fixed: dict[str, Any] = {}
     number = itertools.count()
 
@@ -77,6 +118,9 @@ def _filler(arguments: tuple[Any, ...]) -> Any:
         if _holds_tensor(x):
             return f"({''.join(f'{source(part)}, ' for part in x)})"
         name = f"fixed_{len(fixed)}"
+        if isinstance(x, Descriptor):
+            fixed[name] = getattr(x, describe)
+            return f"{name}(tensors[{next(number)}])"
         fixed[name] = x
         return name
 
@@ -84,7 +128,7 @@ def _filler(arguments: tuple[Any, ...]) -> Any:
 
 
 def _holds_tensor(x: Any) -> bool:
-    return x is TENSOR or (isinstance(x, tuple) and any(map(_holds_tensor, x)))
+    return x is TENSOR or isinstance(x, Descriptor) or (isinstance(x, tuple) and any(map(_holds_tensor, x)))
 
 
 def is_current(device: torch.device) -> bool:

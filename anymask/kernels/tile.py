@@ -127,24 +127,6 @@ def work_of(program, num_rows, num_heads, heads_together, TILE: tl.constexpr, BL
 
 
 @triton.jit
-def row_of(walk, num_words, row, length, TILE: tl.constexpr, IS_FULL: tl.constexpr):
-    """Where a row's words begin (pointer), and how many tiles they hold: its masked tiles, or its full ones.
-
-    walk None: no map, all tiles of TILE positions up to length; the one that hangs over it is masked. Then `words` is
-    the number of the first of them.
-    """
-    if walk is None:
-        num_whole = length // TILE
-        if IS_FULL:
-            return 0, num_whole
-        else:
-            return num_whole, tl.cdiv(length, TILE) - num_whole
-    else:
-        words, rows = walk
-        return words + (row * 2 + IS_FULL) * num_words, tl.load(rows + row * 3 + IS_FULL)
-
-
-@triton.jit
 def ranked_row(walk, first_row, rank):
     """The row of a map that comes rank-th by its work. first_row: of the map among all."""
     if walk is None:
@@ -154,14 +136,24 @@ def ranked_row(walk, first_row, rank):
 
 
 @triton.jit
-def first_tile(words, num_words):
-    """The state of a walk at its first tile: the bits of a word that are left, the tile of its bit 0, the place of the
-    word, and the word after it. Without a map (num_words None): no bits, and the first tile."""
-    if num_words is None:
-        return 0, words, 0, 0
+def open_row(walk, num_words, row, length, TILE: tl.constexpr, IS_FULL: tl.constexpr):
+    """The masked, or the full, tiles of a row: where its words begin (pointer), how many tiles, and the state of a walk
+    at the first: the bits of a word that are left, the tile of its bit 0, and the word after it.
+
+    walk None: no map, all tiles of TILE positions up to length, of which the one that hangs over it is masked. Then no
+    words, no bits, and the number of the first tile.
+    """
+    if walk is None:
+        num_whole = length // TILE
+        if IS_FULL:
+            return 0, num_whole, 0, 0, 0
+        else:
+            return 0, tl.cdiv(length, TILE) - num_whole, 0, num_whole, 0
     else:
+        words = walk[0] + (row * 2 + IS_FULL) * num_words
         word = tl.load(words)
-        return word.to(tl.int32), (word >> 32).to(tl.int32), 0, tl.load(words + tl.minimum(1, num_words - 1))
+        ahead = tl.load(words + tl.minimum(1, num_words - 1))
+        return words, tl.load(walk[1] + row * 3 + IS_FULL), word.to(tl.int32), (word >> 32).to(tl.int32), ahead
 
 
 @triton.jit
@@ -210,7 +202,8 @@ def tile_at(bits, first):
 def changed_score(qk, b, h, q_idx, kv_idx, scale, bindings, SCORE: tl.constexpr):
     """SCORE(scale * qk) in base 2, in the shape of qk."""
     score = SCORE(qk * scale, b, h, q_idx, kv_idx, bindings[0], bindings[1], bindings[2])
-    return tl.broadcast_to(score, qk.shape) * LOG2_E
+    qk, score = tl.broadcast(qk, score)
+    return score * LOG2_E
 
 
 @triton.jit

@@ -11,15 +11,14 @@ import triton.language as tl
 from anymask.kernels.tile import (
     LOG2_E,
     aligned,
-    first_tile,
     head_pointer,
     hidden,
     load_tile,
     log2_probability,
     map_of,
     next_tile,
+    open_row,
     ranked_row,
-    row_of,
     score_gradient,
     start_of,
     store_tile,
@@ -38,9 +37,8 @@ def dkdv_steps(
     rows_pointer,
     q_strides,
     dout_strides,
-    words,
+    tiles,
     num_words,
-    num_tiles,
     b,
     h,
     kv_idx,
@@ -67,7 +65,8 @@ def dkdv_steps(
     Keys past the end need no test: each fills only its own row, which is not stored.
     """
     STEPS: tl.constexpr = TILE_Q // BLOCK_Q
-    bits, first, place, ahead = first_tile(words, num_words)
+    words, num_tiles, bits, first, ahead = tiles
+    place = 0
     for step in tl.range(0, num_tiles * STEPS):
         q_start = start_of(num_words, bits, first, step, TILE_Q, BLOCK_Q)
         bits, first, place, ahead = next_tile(words, num_words, bits, first, place, ahead, step, STEPS)
@@ -193,7 +192,6 @@ def dkdv_kernel(
         map_row = map_of(map_strides, b, h) * num_rows + row
         first_pair = (b * (Hkv * G) + h).to(tl.int64) * aligned(padded_Sq, 16) * 2
         for IS_FULL in tl.static_range(walk is None and IS_EVEN_Q, 2):
-            words, num_tiles = row_of(walk, num_words, map_row, Sq, TILE_Q, IS_FULL)
             dk, dv = dkdv_steps(
                 dk,
                 dv,
@@ -204,9 +202,8 @@ def dkdv_kernel(
                 rows_pointer + first_pair,
                 q_strides,
                 dout_strides,
-                words,
+                open_row(walk, num_words, map_row, Sq, TILE_Q, IS_FULL),
                 num_words,
-                num_tiles,
                 b,
                 h,
                 kv_idx,
@@ -266,9 +263,8 @@ def dq_steps(
     v_pointer,
     k_strides,
     v_strides,
-    words,
+    tiles,
     num_words,
-    num_tiles,
     b,
     h,
     q_idx,
@@ -293,7 +289,8 @@ def dq_steps(
     """The masked, or the full, tiles of a row: dq [BLOCK_Q, D_PAD] plus their keys. lse_log2, delta: [BLOCK_Q, 1]."""
     CHECK_KV: tl.constexpr = IS_MASKED and not IS_EVEN_KV
     STEPS: tl.constexpr = TILE_KV // BLOCK_KV
-    bits, first, place, ahead = first_tile(words, num_words)
+    words, num_tiles, bits, first, ahead = tiles
+    place = 0
     for step in tl.range(0, num_tiles * STEPS):
         kv_start = start_of(num_words, bits, first, step, TILE_KV, BLOCK_KV)
         bits, first, place, ahead = next_tile(words, num_words, bits, first, place, ahead, step, STEPS)
@@ -372,7 +369,28 @@ def dq_kernel(
     row = ranked_row(walk, first_row, rank)
     q_start = row * TILE_Q + part * BLOCK_Q
 
-    # [BLOCK_Q, D_PAD] and [BLOCK_Q, DV_PAD]
+    # [BLOCK_Q, 1]
+    q_idx = q_start + tl.arange(0, BLOCK_Q)[:, None]
+    offsets = head.to(tl.int64) * Sq + q_idx
+    lse = tl.load(lse_pointer + offsets, mask=q_idx < Sq, other=float("-inf"))
+    # before q and dout, for each of which Triton waits as soon as it is read
+    tiles = (
+        open_row(walk, num_words, first_row + row, Skv, TILE_KV, False),
+        open_row(walk, num_words, first_row + row, Skv, TILE_KV, True),
+    )
+    # [BLOCK_Q, DV_PAD] and [BLOCK_Q, D_PAD]
+    out = load_tile(
+        head_pointer(out_pointer, out_strides, b, h, ALIGN),
+        q_start,
+        Sq,
+        out_strides,
+        BLOCK_Q,
+        DV,
+        DV_PAD,
+        ALIGN,
+        WIDE,
+        True,
+    )
     q = load_tile(
         head_pointer(q_pointer, q_strides, b, h, ALIGN), q_start, Sq, q_strides, BLOCK_Q, D, D_PAD, ALIGN, WIDE, True
     )
@@ -388,26 +406,10 @@ def dq_kernel(
         WIDE,
         True,
     )
-    # [BLOCK_Q, 1]
-    q_idx = q_start + tl.arange(0, BLOCK_Q)[:, None]
-    out = load_tile(
-        head_pointer(out_pointer, out_strides, b, h, ALIGN),
-        q_start,
-        Sq,
-        out_strides,
-        BLOCK_Q,
-        DV,
-        DV_PAD,
-        ALIGN,
-        WIDE,
-        True,
-    )
     # [BLOCK_Q, 1] f32
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1, keep_dims=True)
-    offsets = head.to(tl.int64) * Sq + q_idx
     if dlse_pointer is not None:
         delta -= tl.load(dlse_pointer + offsets, mask=q_idx < Sq, other=0.0)
-    lse = tl.load(lse_pointer + offsets, mask=q_idx < Sq, other=float("-inf"))
     lse_log2 = tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
     # [BLOCK_Q, 2]
     pairs = (head.to(tl.int64) * aligned(padded_Sq, 16) + q_idx) * 2 + tl.arange(0, 2)[None, :]
@@ -415,7 +417,6 @@ def dq_kernel(
 
     dq = tl.zeros([BLOCK_Q, D_PAD], tl.float32)
     for IS_FULL in tl.static_range(walk is None and IS_EVEN_KV, 2):
-        words, num_tiles = row_of(walk, num_words, first_row + row, Skv, TILE_KV, IS_FULL)
         dq = dq_steps(
             dq,
             q,
@@ -426,9 +427,8 @@ def dq_kernel(
             head_pointer(v_pointer, v_strides, b, h // G, ALIGN),
             k_strides,
             v_strides,
-            words,
+            tiles[IS_FULL],
             num_words,
-            num_tiles,
             b,
             h,
             q_idx,

@@ -7,14 +7,13 @@ from anymask.kernels.tile import (
     LN_2,
     LOG2_E,
     changed_score,
-    first_tile,
     head_pointer,
     hidden,
     load_tile,
     map_of,
     next_tile,
+    open_row,
     ranked_row,
-    row_of,
     start_of,
     store_tile,
     work_of,
@@ -31,9 +30,8 @@ def softmax_steps(
     v_pointer,
     k_strides,
     v_strides,
-    words,
+    tiles,
     num_words,
-    num_tiles,
     b,
     h,
     q_idx,
@@ -57,7 +55,8 @@ def softmax_steps(
     """The masked, or the full, tiles of a row: acc [BLOCK_Q, DV_PAD], row_max (base 2) and row_sum plus their keys."""
     CHECK_KV: tl.constexpr = IS_MASKED and not IS_EVEN_KV
     STEPS: tl.constexpr = TILE_KV // BLOCK_KV
-    bits, first, place, ahead = first_tile(words, num_words)
+    words, num_tiles, bits, first, ahead = tiles
+    place = 0
     for step in tl.range(0, num_tiles * STEPS):
         kv_start = start_of(num_words, bits, first, step, TILE_KV, BLOCK_KV)
         bits, first, place, ahead = next_tile(words, num_words, bits, first, place, ahead, step, STEPS)
@@ -135,6 +134,11 @@ def forward_kernel(
     row = ranked_row(walk, first_row, rank)
     q_start = row * TILE_Q + part * BLOCK_Q
 
+    # before q, for which Triton waits as soon as it is read
+    tiles = (
+        open_row(walk, num_words, first_row + row, Skv, TILE_KV, False),
+        open_row(walk, num_words, first_row + row, Skv, TILE_KV, True),
+    )
     q = load_tile(
         head_pointer(q_pointer, q_strides, b, h, ALIGN), q_start, Sq, q_strides, BLOCK_Q, D, D_PAD, ALIGN, WIDE, True
     )
@@ -147,7 +151,6 @@ def forward_kernel(
     row_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_Q], tl.float32)
     for IS_FULL in tl.static_range(walk is None and IS_EVEN_KV, 2):
-        words, num_tiles = row_of(walk, num_words, first_row + row, Skv, TILE_KV, IS_FULL)
         acc, row_max, row_sum = softmax_steps(
             acc,
             row_max,
@@ -157,9 +160,8 @@ def forward_kernel(
             v_pointer,
             k_strides,
             v_strides,
-            words,
+            tiles[IS_FULL],
             num_words,
-            num_tiles,
             b,
             h,
             q_idx,

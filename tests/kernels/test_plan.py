@@ -11,8 +11,31 @@ import torch
 from anymask.errors import UnsupportedError
 from anymask.expr.ir import SCORE, TRUE, DType, Expr, Op, apply, index
 from anymask.expr.mods import Mods
-from anymask.kernels.configs import FAMILIES, RAGGED_BYTES, REGULAR_BYTES, ROWS, SHARED_LIMITS, Config
-from anymask.kernels.plan import KERNELS, Need, Plan, choose, default_tile, family_of, padded, shared_memory
+from anymask.kernels import plan as plan_module
+from anymask.kernels.configs import (
+    FAMILIES,
+    HOPPER_REGISTERS,
+    HOPPER_ROWS,
+    RAGGED_BYTES,
+    REGULAR_BYTES,
+    ROWS,
+    SHARED_LIMITS,
+    Config,
+    HopperConfig,
+)
+from anymask.kernels.plan import (
+    KERNELS,
+    Need,
+    Plan,
+    choose,
+    default_tile,
+    family_of,
+    hopper_shared_memory,
+    padded,
+    shared_memory,
+    tma_obstacle_of,
+    walk_shapes,
+)
 from anymask.problem import Problem
 
 ARCHS = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_999", "gfx942", "gfx1100")
@@ -22,6 +45,11 @@ NONE = Mods()
 BIAS = Expr.of(Op.LOAD, DType.FLOAT, (index("q_idx"), index("kv_idx")), 0)
 IDS = [Expr.of(Op.LOAD, DType.INT64, (index(name),), 1) for name in ("q_idx", "kv_idx")]
 HEAVY = Mods(apply(Op.EQ, *IDS), apply(Op.ADD, SCORE, BIAS))
+
+
+@pytest.fixture(autouse=True)
+def triton_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_module, "_triton_version", lambda: "3.6.0")
 
 
 def problem(D: int = 64, Dv: int | None = None, dtype: torch.dtype = torch.bfloat16) -> Problem:
@@ -36,7 +64,7 @@ def test_every_problem_fits_every_architecture(arch: str, precision: str, monkey
     tiles = ((16, 16), (16, 256), (64, 128), (128, 128), (256, 32))
     for D, Dv, tile, mods in itertools.product(dims, dims, tiles, (NONE, HEAVY)):
         for dtype in (torch.bfloat16, torch.float32):
-            plan = choose(problem(D, Dv, dtype), mods, tile, arch=arch)
+            plan = choose(problem(D, Dv, dtype), mods, tile, arch=arch, backend="triton")
             need = Need.of(D, Dv, dtype, mods, family_of(arch))
             assert plan.backend == "triton" and plan.precision == ("ieee" if precision == "highest" else "tf32")
             for kernel in KERNELS:
@@ -59,7 +87,14 @@ def test_rows_are_well_formed() -> None:
 @pytest.mark.parametrize(
     "arch, dtype, tile, backend, expected",
     [
-        ("sm_90", torch.bfloat16, (128, 128), None, "triton"),
+        ("sm_90", torch.bfloat16, (128, 128), None, "gluon"),
+        ("sm_90", torch.float16, (64, 64), None, "gluon"),
+        ("sm_90", torch.float16, (32, 64), None, "triton"),
+        ("sm_90", torch.float16, (32, 64), "gluon", "gluon"),
+        ("sm_90", torch.float32, (128, 128), None, "triton"),
+        ("sm_90", torch.bfloat16, (128, 128), "triton", "triton"),
+        ("sm_80", torch.bfloat16, (128, 128), None, "triton"),
+        ("sm_100", torch.bfloat16, (128, 128), None, "triton"),
         ("gfx942", torch.float16, (128, 128), None, "triton"),
         ("cpu", torch.float32, (128, 128), None, "eager"),
         ("mps", torch.float32, (128, 128), None, "eager"),
@@ -73,7 +108,7 @@ def test_rows_are_well_formed() -> None:
     ],
 )
 def test_backend(arch: str, dtype: torch.dtype, tile: tuple[int, int], backend: str | None, expected: str) -> None:
-    plan = choose(problem(dtype=dtype), NONE, tile, arch=arch, backend=backend)
+    plan = choose(problem(128, dtype=dtype), NONE, tile, arch=arch, backend=backend)
     assert plan.backend == expected
     assert expected in plan.why and arch in plan.why
 
@@ -93,7 +128,17 @@ def test_why_says_what_was_chosen() -> None:
         ({"backend": "triton", "tile": (96, 128)}, "powers of two"),
         ({"backend": "triton", "tile": (128, 8)}, "powers of two"),
         ({"backend": "triton", "arch": "sm_75"}, "Ampere"),
-        ({"backend": "cuda"}, "none of triton, eager, reference"),
+        ({"backend": "cuda"}, "none of gluon, triton, eager, reference"),
+        ({"backend": "gluon", "arch": "sm_80"}, "for sm_90, not sm_80"),
+        ({"backend": "gluon", "arch": "cpu"}, "no kernels for cpu"),
+        ({"backend": "gluon", "dtype": torch.float32}, "not in torch.float32"),
+        ({"backend": "gluon", "D": 96}, "not 96 and 96"),
+        ({"backend": "gluon", "tma_obstacle": "q is odd"}, "q is odd. backend='triton' can"),
+        ({"backend": "gluon", "config": {"forward": {"num_warps": 4}}}, "has_turns"),
+        ({"backend": "gluon", "config": {"forward": {"BLOCK_Q": 64}}}, "BLOCK_Q 128 or 192"),
+        ({"backend": "gluon", "config": {"forward": {"BLOCK_Q": 192}}}, "none divides"),
+        ({"backend": "gluon", "tile": (64, 64), "config": {"forward": {"BLOCK_Q": 192}}}, "two warpgroups take turns"),
+        ({"backend": "gluon", "config": {"forward": {"num_stages": 4}}}, "fewer stages"),
         ({"backend": "eager", "config": {"forward": {"BLOCK_Q": 64}}}, "Triton kernels"),
         ({"config": {"backward": {"BLOCK_Q": 64}}}, "forward, dkdv, dq"),
         ({"config": {"forward": {"BLOCK_M": 64}}}, "BLOCK_Q, BLOCK_KV"),
@@ -105,20 +150,22 @@ def test_why_says_what_was_chosen() -> None:
 )
 def test_impossible_requests_raise(arguments: dict[str, Any], words: str) -> None:
     arguments = {"arch": "sm_90", "tile": (128, 128), "dtype": torch.bfloat16} | arguments
-    p = problem(128, dtype=arguments.pop("dtype"))
+    p = problem(arguments.pop("D", 128), dtype=arguments.pop("dtype"))
     with pytest.raises(UnsupportedError, match=words):
         choose(p, NONE, arguments.pop("tile"), **arguments)
 
 
 def test_config_is_obeyed() -> None:
-    default = choose(problem(128), NONE, (128, 128), arch="sm_90")
+    default = choose(problem(128), NONE, (128, 128), arch="sm_90", backend="triton")
     config = {"forward": {"BLOCK_Q": 64, "num_stages": 2}, "dq": Config(32, 32, 4, 1)}
     plan = choose(problem(128), NONE, (128, 128), arch="sm_90", config=config)
-    assert plan.forward is not None and default.forward is not None
+    assert plan.backend == "triton" and "config= sets the portable forward" in plan.why
+    assert isinstance(plan.forward, Config) and isinstance(default.forward, Config)
     assert (plan.forward.BLOCK_Q, plan.forward.num_stages) == (64, 2)
     assert plan.forward.BLOCK_KV == default.forward.BLOCK_KV
     assert plan.dq == Config(32, 32, 4, 1) and plan.dkdv == default.dkdv
-    assert choose(problem(128), Mods(TRUE), (128, 128), arch="sm_90", deterministic=True) == default
+    again = choose(problem(128), Mods(TRUE), (128, 128), arch="sm_90", backend="triton", deterministic=True)
+    assert again == default
     assert isinstance(hash(default), int) and isinstance(default, Plan)
 
 
@@ -129,10 +176,96 @@ def test_small_numbers() -> None:
     assert [default_tile("cuda", S) for S in (65536, 65537, 524289)] == [(64, 64), (128, 128), (256, 256)]
 
 
-def test_ragged_masks_have_a_row_of_their_own() -> None:
+def test_masks_and_score_functions_have_rows_of_their_own() -> None:
     ragged, regular = Mods(apply(Op.EQ, *IDS)), Mods(apply(Op.LE, index("kv_idx"), index("q_idx")))
     plans = [choose(problem(128), mods, (64, 64), arch="sm_90") for mods in (ragged, regular, NONE)]
-    assert plans[0].dkdv != plans[1].dkdv and plans[1].dkdv == plans[2].dkdv
     assert [plan.shared_bytes for plan in plans] == [RAGGED_BYTES, REGULAR_BYTES, 0]
-    long = Problem(1, 4, 2, 1000, 65536, 128, 128, torch.bfloat16, CPU)
-    assert choose(long, ragged, (64, 64), arch="sm_90").dkdv == plans[1].dkdv
+    assert choose(problem(128), HEAVY, (64, 64), arch="sm_90").dkdv != plans[0].dkdv == plans[1].dkdv != plans[2].dkdv
+    dense, masked = (choose(problem(64), mods, (64, 64), arch="sm_90") for mods in (NONE, regular))
+    assert dense.forward != masked.forward and dense.dkdv == masked.dkdv
+
+
+# --- the Hopper forward ---
+
+
+def test_gluon_forward_and_triton_backward() -> None:
+    plan = choose(problem(128), HEAVY, (64, 64), arch="sm_90")
+    portable = choose(problem(128), HEAVY, (64, 64), arch="sm_90", backend="triton")
+    assert plan.has_kernels and isinstance(plan.forward, HopperConfig) and isinstance(portable.forward, Config)
+    assert (plan.dkdv, plan.dq) == (portable.dkdv, portable.dq)
+    assert "gluon forward and triton backward" in plan.why and f"forward {plan.forward}" in plan.why
+    assert portable.why.endswith("no gluon forward: backend='triton'")
+    assert walk_shapes(plan, (64, 64))[0] == ((plan.forward.BLOCK_Q, plan.forward.BLOCK_KV), False)
+    assert walk_shapes(plan, (256, 64))[0] == ((256, plan.forward.BLOCK_KV), False)
+
+
+def test_gluon_refusals_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def why(**arguments: Any) -> str:
+        plan = choose(problem(arguments.pop("D", 64)), NONE, (128, 128), arch="sm_90", **arguments)
+        assert plan.backend == "triton"
+        return plan.why
+
+    assert "no gluon forward: v begins at an odd place" in why(tma_obstacle="v begins at an odd place")
+    assert "not 72 and 72" in why(D=72)
+    for version, words in (("3.5.1", "not 3.5.1"), ("3.9.0", "Triton 3.6, not 3.9.0"), ("", "not none")):
+        monkeypatch.setattr(plan_module, "_triton_version", lambda version=version: version)
+        assert words in why()
+    assert "gluon" not in choose(problem(), NONE, (128, 128), arch="sm_80").why
+
+
+def test_hopper_config_is_obeyed() -> None:
+    wanted = {"BLOCK_Q": 192, "num_stages": 2, "has_turns": False}
+    plan = choose(problem(64), NONE, (64, 64), arch="sm_90", backend="gluon", config={"forward": wanted})
+    assert plan.forward == HopperConfig(192, 128, 2, False) and "config= sets forward 192x128" in plan.why
+    assert walk_shapes(plan, (64, 64))[0] == ((192, 128), False)
+
+
+def test_the_faster_forward_is_taken() -> None:
+    def plan(mods: Mods, Sq: int, D: int, tile: int = 64) -> Plan:
+        p = Problem(1, 4, 2, Sq, 4096, D, D, torch.bfloat16, CPU)
+        return choose(p, mods, (tile, tile), arch="sm_90")
+
+    ragged, regular = Mods(apply(Op.EQ, *IDS)), Mods(apply(Op.LE, index("kv_idx"), index("q_idx")))
+    assert "portable one is faster for 1000 queries" in plan(regular, 1000, 64).why
+    assert [plan(mods, 1000, 128).forward.BLOCK_Q for mods in (NONE, regular, ragged)] == [128] * 3
+    assert [plan(mods, 4096, 64).forward.BLOCK_Q for mods in (NONE, regular, ragged, HEAVY)] == [192, 192, 128, 128]
+    assert plan(regular, 4096, 64, tile=128).forward.BLOCK_Q == 128  # 192 is no multiple of the map's tile
+
+
+def test_hopper_rows_fit() -> None:
+    for D, Dv in itertools.product(plan_module.HOPPER_DIMS, plan_module.HOPPER_DIMS):
+        config = choose(problem(D, Dv), NONE, (64, 64), arch="sm_90", backend="gluon").forward
+        assert isinstance(config, HopperConfig)
+        assert hopper_shared_memory(config, D, Dv) <= SHARED_LIMITS["sm_90"]
+    for row in HOPPER_ROWS:
+        at_entry, roles = HOPPER_REGISTERS[row.forward.num_consumers]
+        # the first role gets what the others leave; the producer's registers are taken for a whole warpgroup
+        assert len(roles) == row.forward.num_consumers
+        assert at_entry * (len(roles) + 1) - sum(roles) >= roles[0] and all(n % 8 == 0 for n in roles)
+        assert at_entry * (len(roles) + 1) * 128 <= 65536
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda x: x, None),
+        (lambda x: x.transpose(1, 2).contiguous().transpose(1, 2), None),
+        (lambda x: x[..., :64], None),
+        (lambda x: x[:, :, ::2], None),
+        (lambda x: x[:1].as_strided((1, 3, 40, 128), (7, 40 * 128, 128, 1)), None),
+        (lambda x: x.mT.contiguous().mT, "contiguous last dimension"),
+        (lambda x: x[..., 4:68], "multiple of 16 bytes"),
+        (lambda x: x.new_empty(2, 3, 40, 132)[..., :128], "multiples of 16 bytes"),
+        (lambda x: x[:, :1].expand(2, 3, 40, 128), "not 0"),
+    ],
+)
+def test_what_tma_reads(change: Any, words: str | None) -> None:
+    x = torch.empty(2, 3, 40, 128, dtype=torch.bfloat16)
+    changed = change(x)
+    assert tma_obstacle_of(x, x, x) is None
+    for tensors in ((changed, x, x), (x, changed, x), (x, x, changed)):
+        obstacle = tma_obstacle_of(*tensors)
+        if words is None:
+            assert obstacle is None
+        else:
+            assert obstacle is not None and words in obstacle

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from anymask.blocks.block_map import EMPTY, FULL, BlockMap
 from anymask.blocks.walk import Walk
 from anymask.kernels import launch
-from anymask.kernels.tile import first_tile, next_tile, row_of, start_of, work_of
+from anymask.kernels.tile import next_tile, open_row, start_of, work_of
 
 
 def coarse(kinds: torch.Tensor, factors: tuple[int, int], num_whole: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,8 +92,8 @@ def test_a_full_tile_over_the_end_of_the_keys_is_masked() -> None:
 def record_kernel(walk, num_words, row, length, steps_pointer, STEPS: tl.constexpr, IS_FULL: tl.constexpr):
     """The first index of each step of a row, in tiles of 10 * STEPS and steps of 10, as the kernels compute it."""
     TILE: tl.constexpr = 10 * STEPS
-    words, num_tiles = row_of(walk, num_words, row, length, TILE, IS_FULL)
-    bits, first, place, ahead = first_tile(words, num_words)
+    words, num_tiles, bits, first, ahead = open_row(walk, num_words, row, length, TILE, IS_FULL)
+    place = 0
     for step in range(num_tiles * STEPS):
         tl.store(steps_pointer + step, start_of(num_words, bits, first, step, TILE, 10))
         bits, first, place, ahead = next_tile(words, num_words, bits, first, place, ahead, step, STEPS)
