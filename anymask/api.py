@@ -148,6 +148,8 @@ def _prepared_attention(
     """
     if not ops.is_direct(q, k, v) or not (q.is_cuda or how[1] in ("gluon", "triton")):
         return None
+    if how[0] is not None:
+        how = (float(how[0]), *how[1:])  # as the op takes it: Triton would compile anew for an integer
     if given is None:
         program = _trace(mask, score_mod, q.device)
     else:

@@ -55,7 +55,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     def described(x: Any) -> Any:
         if isinstance(x, Tensor):
             return (x.shape, x.stride(), x.dtype, x.data_ptr() % 16)
-        return tuple(map(described, x)) if isinstance(x, tuple) else x
+        return tuple(map(described, x)) if isinstance(x, tuple) else (type(x), x)
 
     for name in KERNELS:
         kernel = getattr(launch, f"{name}_kernel")
@@ -111,6 +111,16 @@ def test_a_repeated_call_launches_what_a_first_one_would(launches: list[Any]) ->
         assert repeated == [launch for launch in launches if launch[0] not in ("walk", "order")]
         for others, other in calls:
             results(others, **other, backend="triton")
+
+
+def test_a_scale_is_a_float(launches: list[Any]) -> None:
+    seen = []
+    for scale in (1, 1.0, True, torch.ones(())):
+        forget()
+        launches.clear()
+        results(qkv(), mask=causal(), scale=scale, backend="triton")
+        seen.append(list(launches))
+    assert seen[0] == seen[1] == seen[2] == seen[3]
 
 
 def test_what_changed_is_seen() -> None:

@@ -118,17 +118,14 @@ def _filler(arguments: tuple[Any, ...], describe: str = "of") -> Any:
         if _holds_tensor(x):
             return f"({''.join(f'{source(part)}, ' for part in x)})"
         name = f"fixed_{len(fixed)}"
-        if isinstance(x, Descriptor):
-            fixed[name] = getattr(x, describe)
-            return f"{name}(tensors[{next(number)}])"
         fixed[name] = x
-        return name
+        return f"{name}.{describe}(tensors[{next(number)}])" if isinstance(x, Descriptor) else name
 
     return eval(f"lambda tensors: ({''.join(f'{source(x)}, ' for x in arguments)})", fixed)
 
 
 def _holds_tensor(x: Any) -> bool:
-    return x is TENSOR or isinstance(x, Descriptor) or (isinstance(x, tuple) and any(map(_holds_tensor, x)))
+    return x is TENSOR or (isinstance(x, tuple) and any(map(_holds_tensor, x)))
 
 
 def is_current(device: torch.device) -> bool:
