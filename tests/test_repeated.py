@@ -48,7 +48,7 @@ def forget() -> None:
 
 
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """What kernels would be launched with, as far as it is the same for another call with the same tensors."""
     seen: list[Any] = []
 
@@ -64,7 +64,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             seen.append((name, described(args), options))
 
         monkeypatch.setattr(kernel, "run", note)
-    return seen
+    yield seen
+    forget()  # walks that no kernel wrote
 
 
 def variations() -> Iterator[tuple[tuple[Tensor, ...], dict[str, Any]]]:
