@@ -48,7 +48,7 @@ class Likeness:
     """What calls that differ in tensors alone have in common; one object for all of them (likeness), so that it is
     found again by being itself.
 
-    maps: how many maps there are, by batch and by head; None without a mask.
+    maps: how many maps there are, by batch and by head.
     """
 
     q: Layout
@@ -58,7 +58,7 @@ class Likeness:
     ints: tuple[int, ...]
     floats: tuple[float, ...]
     mods: Mods
-    maps: tuple[int, int] | None
+    maps: tuple[int, int]
     tile: tuple[int, int]
     plan: Plan
     scale: float
@@ -148,7 +148,7 @@ def prepare(
         bindings.ints,
         bindings.floats,
         mods,
-        blocks.shape[:2] if mods.has_mask else None,
+        blocks.shape[:2],
         blocks.tile,
         plan,
         scale,
@@ -196,14 +196,15 @@ def _forward_recipe(alike: Likeness) -> Recipe:
     config = plan.forward
     assert config is not None, "a plan of another backend"
     tile_q, tile_kv = walk_shapes(plan, alike.tile)[0][0]
-    if isinstance(config, HopperConfig) and alike.maps is None:
+    maps = alike.maps if alike.mods.has_mask else None
+    if isinstance(config, HopperConfig) and maps is None:
         tile_q, tile_kv = config.BLOCK_Q, config.BLOCK_KV
     num_rows, head_bytes = _ceil(Sq, tile_q), Skv * (D + Dv) * alike.q.dtype.itemsize
-    walk = _walk_arguments(alike.maps, _ceil(Skv, tile_kv), num_rows, B * Hq, Hq // Hkv, head_bytes, plan)
+    walk = _walk_arguments(maps, _ceil(Skv, tile_kv), num_rows, B * Hq, Hq // Hkv, head_bytes, plan)
     if isinstance(config, HopperConfig):
         from anymask.kernels.hopper_launch import forward_recipe
 
-        mask = None if alike.maps is None else mask
+        mask = None if maps is None else mask
         tensors = (alike.q, alike.k, alike.v, alike.out)
         return forward_recipe(*tensors, walk, (tile_q, tile_kv), scale, bindings, mask, score, config)
     return Recipe(
@@ -349,14 +350,15 @@ def _backward_recipes(
 def walks(blocks: BlockMap, plan: Plan, has_mask: bool = True) -> dict[str, tuple[Walk | None, tuple[int, int]]]:
     """By kernel its walk, made once for a map, and the walk's tile: the bigger of the map's and the kernel's.
 
-    Without a mask there is nothing to walk: None.
+    Without a mask the forward counts instead: None. The backward's products are then issued later, which costs dK/dV of
+    D 64 30% (H200: 3808 -> 4960 us): it walks.
     """
     shapes = walk_shapes(plan, blocks.tile)
-    if not has_mask:
-        return {kernel: (None, tile) for kernel, (tile, _) in zip(KERNELS, shapes, strict=True)}
-    what = ("walks", shapes, blocks.tile, blocks.Skv)
-    made = cache.find(what, blocks.device, (blocks.kinds,), lambda: make_walks(blocks, *shapes), is_ours=True)
-    return {kernel: (walk, tile) for kernel, walk, (tile, _) in zip(KERNELS, made, shapes, strict=True)}
+    walked = shapes if has_mask else shapes[1:]
+    what = ("walks", walked, blocks.tile, blocks.Skv)
+    made = cache.find(what, blocks.device, (blocks.kinds,), lambda: make_walks(blocks, *walked), is_ours=True)
+    of_kernels: tuple[Walk | None, ...] = made if has_mask else (None, *made)
+    return {kernel: (walk, tile) for kernel, walk, (tile, _) in zip(KERNELS, of_kernels, shapes, strict=True)}
 
 
 def make_walks(blocks: BlockMap, *shapes: Shape) -> tuple[Walk, ...]:
