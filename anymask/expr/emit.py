@@ -23,6 +23,7 @@ def emit(
     wide: frozenset[int] = frozenset(),
     is_ptx: bool = False,
     overhang: frozenset[str] | None = None,
+    is_near: bool = False,
 ) -> str:
     """Source of `name(b, h, q_idx, kv_idx, captures, ints, floats)`; `score` comes first where expr is a FLOAT.
 
@@ -32,9 +33,10 @@ def emit(
     is_ptx: for NVIDIA: what an operation of both axes reads of one axis alone goes through opaque() of functions.py.
     overhang: the indices that may run past the last position, where the value is of no meaning. So ids[b, q_idx] is
     inside its tensor (ops.check_reads), or may be read at its end. None: any index may, and its value has a meaning.
+    is_near: for Hopper: distances of q_idx and kv_idx are compared near the tile (near() of functions.py).
     """
     params = ["score"] if expr.dtype is DType.FLOAT else []
-    lines, (value,) = lines_of([expr], wide, is_ptx, overhang)
+    lines, (value,) = lines_of([expr], wide, is_ptx, overhang, is_near)
     return function_text(name, params, [*lines, f"return {value}"])
 
 
@@ -45,13 +47,14 @@ def emit_hide(
     wide: frozenset[int] = frozenset(),
     is_ptx: bool = False,
     overhang: frozenset[str] | None = None,
+    is_near: bool = False,
 ) -> str:
     """Source of `name(x, other, b, h, q_idx, kv_idx, captures, ints, floats)`: x where the mask shows, other where not.
 
     One select for each condition that `&` joins: joined first, LLVM would pack the conditions into bits (sm_90,
     documents and causal, dQ step 128 x 64: 734 -> 591 instructions).
     """
-    lines, values = lines_of(_conjuncts(mask), wide, is_ptx, overhang)
+    lines, values = lines_of(_conjuncts(mask), wide, is_ptx, overhang, is_near)
     return function_text(
         name, ["x", "other"], [*lines, *(f"x = tl.where({value}, x, other)" for value in values), "return x"]
     )
@@ -72,6 +75,7 @@ def lines_of(
     wide: frozenset[int],
     is_ptx: bool = False,
     overhang: frozenset[str] | None = None,
+    is_near: bool = False,
 ) -> tuple[list[str], list[str]]:
     """One line per node of the expressions, and the names that hold their values."""
     nodes = list(dict.fromkeys(node for expr in exprs for node in expr.walk()))
@@ -79,7 +83,7 @@ def lines_of(
     bounds = integer_bounds(nodes)
     names: dict[Expr, str] = {}
     lines: list[str] = []
-    has_near = is_ptx and overhang is not None and any(map(_is_distance, nodes))
+    has_near = is_near and any(map(_is_distance, nodes))
     if has_near:
         lines.append("near_q_idx, near_kv_idx = near(q_idx, kv_idx)")
     for node in nodes:

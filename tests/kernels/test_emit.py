@@ -227,7 +227,7 @@ def test_a_read_at_a_position_that_exists_needs_no_predicate() -> None:
 
 def test_distances_are_taken_near_the_tile() -> None:
     visible = apply(Op.AND, apply(Op.LE, KV_, Q_), apply(Op.LT, apply(Op.ADD, KV_, integer(3)), Q_))
-    text = emit(visible, "f", is_ptx=True, overhang=frozenset(("q_idx",)))
+    text = emit(visible, "f", is_ptx=True, overhang=frozenset(("q_idx",)), is_near=True)
     assert "near_kv_idx <= near_q_idx" in text and "opaque_q_idx" in text
     assert "near" not in emit(visible, "f", is_ptx=True) + emit(visible, "f", overhang=frozenset())
 
@@ -248,7 +248,7 @@ def test_a_distance_compared_with_a_number(op: Op, n: int) -> None:
     }
     for difference, value in ((apply(Op.SUB, KV_, Q_), kv_idx - q_idx), (apply(Op.SUB, Q_, KV_), q_idx - kv_idx)):
         for pair, left, right in (((difference, number), value, n), ((number, difference), n, value)):
-            text = emit(apply(op, *pair), "f", is_ptx=True, overhang=frozenset())
+            text = emit(apply(op, *pair), "f", is_ptx=True, overhang=frozenset(), is_near=True)
             namespace: dict[str, Any] = dict(functions)
             exec(text, namespace)
             got = namespace["f"](0, 0, q_idx, kv_idx, (), (2 * n + 1,), ())
