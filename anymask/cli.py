@@ -245,8 +245,8 @@ def _functions(mods: Mods, blocks: BlockMap, plan: Plan) -> dict[str, str]:
     wide = blocks.bindings.wide_slots()
     return {
         "hide": emit_hide(mods.mask, "hide", wide, plan.is_ptx),
-        "bounds": emit_bounds(mods.mask, "bounds", wide, is_inside=True),
-        "mask": emit(mods.mask, "mask", wide, is_inside=True),
+        "bounds": emit_bounds(mods.mask, "bounds", wide, overhang=frozenset()),
+        "mask": emit(mods.mask, "mask", wide, overhang=frozenset()),
     }
 
 

@@ -18,7 +18,12 @@ INDENT = "    "
 
 @functools.lru_cache(maxsize=4096)
 def emit(
-    expr: Expr, name: str, wide: frozenset[int] = frozenset(), is_ptx: bool = False, is_inside: bool = False
+    expr: Expr,
+    name: str,
+    wide: frozenset[int] = frozenset(),
+    is_ptx: bool = False,
+    overhang: frozenset[str] | None = None,
+    is_near: bool = False,
 ) -> str:
     """Source of `name(b, h, q_idx, kv_idx, captures, ints, floats)`; `score` comes first where expr is a FLOAT.
 
@@ -26,21 +31,30 @@ def emit(
     captures: per slot (pointer, odd sizes, strides).  ints: odd numbers; a size or number n travels as odd(n).
     wide: slots of captured tensors whose offsets need 64 bits. The result broadcasts to the tile; FLOAT is float32.
     is_ptx: for NVIDIA: what an operation of both axes reads of one axis alone goes through opaque() of functions.py.
-    is_inside: q_idx and kv_idx are positions that exist; ids[b, q_idx] then is inside its tensor (ops.check_reads).
+    overhang: the indices that may run past the last position, where the value is of no meaning. So ids[b, q_idx] is
+    inside its tensor (ops.check_reads), or may be read at its end. None: any index may, and its value has a meaning.
+    is_near: for Hopper: distances of q_idx and kv_idx are compared near the tile (near() of functions.py).
     """
     params = ["score"] if expr.dtype is DType.FLOAT else []
-    lines, (value,) = lines_of([expr], wide, is_ptx, is_inside)
+    lines, (value,) = lines_of([expr], wide, is_ptx, overhang, is_near)
     return function_text(name, params, [*lines, f"return {value}"])
 
 
 @functools.lru_cache(maxsize=4096)
-def emit_hide(mask: Expr, name: str, wide: frozenset[int] = frozenset(), is_ptx: bool = False) -> str:
+def emit_hide(
+    mask: Expr,
+    name: str,
+    wide: frozenset[int] = frozenset(),
+    is_ptx: bool = False,
+    overhang: frozenset[str] | None = None,
+    is_near: bool = False,
+) -> str:
     """Source of `name(x, other, b, h, q_idx, kv_idx, captures, ints, floats)`: x where the mask shows, other where not.
 
     One select for each condition that `&` joins: joined first, LLVM would pack the conditions into bits (sm_90,
     documents and causal, dQ step 128 x 64: 734 -> 591 instructions).
     """
-    lines, values = lines_of(_conjuncts(mask), wide, is_ptx)
+    lines, values = lines_of(_conjuncts(mask), wide, is_ptx, overhang, is_near)
     return function_text(
         name, ["x", "other"], [*lines, *(f"x = tl.where({value}, x, other)" for value in values), "return x"]
     )
@@ -57,7 +71,11 @@ def function_text(name: str, params: list[str], lines: list[str]) -> str:
 
 
 def lines_of(
-    exprs: list[Expr], wide: frozenset[int], is_ptx: bool = False, is_inside: bool = False
+    exprs: list[Expr],
+    wide: frozenset[int],
+    is_ptx: bool = False,
+    overhang: frozenset[str] | None = None,
+    is_near: bool = False,
 ) -> tuple[list[str], list[str]]:
     """One line per node of the expressions, and the names that hold their values."""
     nodes = list(dict.fromkeys(node for expr in exprs for node in expr.walk()))
@@ -65,6 +83,9 @@ def lines_of(
     bounds = integer_bounds(nodes)
     names: dict[Expr, str] = {}
     lines: list[str] = []
+    has_near = is_near and any(map(_is_distance, nodes))
+    if has_near:
+        lines.append("near_q_idx, near_kv_idx = near(q_idx, kv_idx)")
     for node in nodes:
         if node.op in (Op.INDEX, Op.SCORE):
             names[node] = str(node.value) if node.op is Op.INDEX else "score"
@@ -74,12 +95,15 @@ def lines_of(
         target = f"v{len(names)}"
         args = [names[arg] for arg in node.args]
         if node.op is Op.LOAD:
-            lines += _load(node, target, args, bounds, wide, is_inside)
+            lines += _load(node, target, args, bounds, wide, overhang)
         else:
-            if len(axes(node)) == 2:
+            if has_near and _is_distance(node):
+                args = [f"near_{arg}" for arg in args]
+            elif len(axes(node)) == 2:
                 hidden = [arg.op is Op.INDEX and arg in opaque for arg in node.args]
                 args = [f"opaque_{arg}" if is_hidden else arg for arg, is_hidden in zip(args, hidden, strict=True)]
-            lines.append(f"{target} = {_rule(node, bounds).format(*args, type=TYPES[node.dtype])}")
+            bound = _row_bound(node, names) if has_near else None
+            lines.append(f"{target} = {bound or _rule(node, bounds).format(*args, type=TYPES[node.dtype])}")
         if node in opaque:
             lines.append(f"{target} = opaque({target})")
         names[node] = target
@@ -93,6 +117,31 @@ def axes(node: Expr) -> frozenset[str]:
         return frozenset(("q_idx", "kv_idx"))
     own = {str(node.value)} if node.op is Op.INDEX else set()
     return frozenset(own & {"q_idx", "kv_idx"}).union(*map(axes, node.args))
+
+
+def _is_distance(node: Expr) -> bool:
+    """It depends on q_idx and kv_idx by their difference alone: it compares or subtracts them."""
+    is_difference = node.op in (Op.LE, Op.LT, Op.EQ, Op.NE, Op.SUB)
+    return is_difference and {(arg.op, arg.value) for arg in node.args} == {(Op.INDEX, "q_idx"), (Op.INDEX, "kv_idx")}
+
+
+def _row_bound(node: Expr, names: dict[Expr, str]) -> str | None:
+    """q_idx - kv_idx compared with a number of the row, as kv_idx compared with another number of the row.
+
+    The number is cut to +-INDEX_LIMIT, beyond every difference, so that nothing wraps.
+    """
+    if node.op not in (Op.LE, Op.LT):
+        return None
+    for difference, number in (node.args, node.args[::-1]):
+        if difference.op is Op.SUB and _is_distance(difference) and "kv_idx" not in axes(number):
+            is_kv_first = difference.args[1].value == "q_idx"
+            cut = f"tl.minimum(tl.maximum({names[number]}, -{INDEX_LIMIT}), {INDEX_LIMIT})"
+            bound = f"near_q_idx {'+' if is_kv_first else '-'} {cut}"
+            # kv - q <= n and n <= q - kv bound kv from above
+            is_above = is_kv_first == (difference is node.args[0])
+            pair = ("near_kv_idx", bound) if is_above else (bound, "near_kv_idx")
+            return f"{pair[0]} {'<=' if node.op is Op.LE else '<'} {pair[1]}"
+    return None
 
 
 def _one_axis_operands(nodes: list[Expr]) -> set[Expr]:
@@ -220,7 +269,9 @@ def _literal(node: Expr) -> str:
     return repr(node.value)
 
 
-def _load(node: Expr, target: str, args: list[str], bounds: Bounds, wide: frozenset[int], is_inside: bool) -> list[str]:
+def _load(
+    node: Expr, target: str, args: list[str], bounds: Bounds, wide: frozenset[int], overhang: frozenset[str] | None
+) -> list[str]:
     """Lines that read a captured tensor: negative indices count from the end, outside the tensor 0 is read."""
     slot = int(node.value)  # type: ignore[arg-type]
     lines, inside, pointer = [], [], f"captures[{slot}][0]"
@@ -230,8 +281,10 @@ def _load(node: Expr, target: str, args: list[str], bounds: Bounds, wide: frozen
             lines.append(f"{target}_{dim} = tl.where({index} < 0, {index} + {size}, {index})")
             index = f"{target}_{dim}"
             inside.append(f"({index} >= 0)")
-        if not (is_inside and arg.op is Op.INDEX):
+        if overhang is None or arg.op is not Op.INDEX:
             inside.append(f"({index} < {size})")
+        elif arg.value in overhang:
+            index = f"tl.minimum({index}, {size} - 1)"
         offset = f"{index}.to(tl.int64)" if slot in wide else index
         pointer += f" + {offset} * captures[{slot}][2][{dim}]"
     read = str(TEMPLATES[Op.LOAD]).format(pointer, " & ".join(inside)) if inside else f"tl.load({pointer})"

@@ -14,7 +14,9 @@ from anymask.expr.ir import DType, Expr, Op
 
 
 @functools.lru_cache(maxsize=4096)
-def emit_bounds(mask: Expr, name: str, wide: frozenset[int] = frozenset(), is_inside: bool = False) -> str:
+def emit_bounds(
+    mask: Expr, name: str, wide: frozenset[int] = frozenset(), overhang: frozenset[str] | None = None
+) -> str:
     """Source of `name(q_first, q_last, kv_first, kv_last, b, h, q_idx, kv_idx, captures, ints, floats)` -> lo, hi.
 
     lo: surely true everywhere in a map tile, hi: possibly true somewhere; two int1 tiles that broadcast to [RQ, RKV].
@@ -23,7 +25,7 @@ def emit_bounds(mask: Expr, name: str, wide: frozenset[int] = frozenset(), is_in
     """
     ranges = integer_bounds(mask.walk())
     parts, mixed = _parts(mask, ranges)
-    lines, values = lines_of(parts, wide, is_inside=is_inside)
+    lines, values = lines_of(parts, wide, overhang=overhang)
     ends: dict[Expr, tuple[str, str]] = {}
 
     def assign(node: Expr, bounds: str) -> None:

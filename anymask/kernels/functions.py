@@ -21,6 +21,18 @@ def opaque(x):
 
 
 @triton.jit
+def near(x, kv_idx):
+    """x and kv_idx, both less the same number, which differs from column to column, through opaque(). For Hopper.
+
+    In a tile of scores a thread has columns 8 n + 2 (lane % 4) and the next, and tiles begin at multiples of their
+    width: with all but those bits of the lane taken off, a thread's columns are constants, which comparisons take as
+    they are, and its number is one (causal forward, 128 x 128: 672 -> 611 instructions per masked step).
+    """
+    COLUMN: tl.constexpr = kv_idx.shape[1] - 7
+    return opaque(x - (kv_idx & ~COLUMN)), opaque(kv_idx & COLUMN)
+
+
+@triton.jit
 def floor_divide(x, y):
     """x // y rounded towards minus infinity, as in Python; x // 0 = 0."""
     safe = tl.where((y == 0) | (y == -1), 1, y)  # the smallest integer // -1 traps

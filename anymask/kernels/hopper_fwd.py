@@ -14,7 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from anymask.kernels.functions import opaque
+from anymask.kernels.functions import near
 from anymask.kernels.hopper_pipeline import Ring, pass_turn, wait_turn
 from anymask.kernels.hopper_softmax import OnlineSoftmax, pack_pairs, unpack_pairs
 from anymask.kernels.record import record
@@ -223,7 +223,8 @@ def shown(call, row, kv_start, s):
     q_idx, kv_idx = indices(row, kv_start, s)
     s = hidden(s, float("-inf"), 0, 0, row.b, row.h, q_idx, kv_idx, call.bindings, call.MASK, False)
     if not call.IS_EVEN_KV:
-        s = gl.where(opaque(kv_idx) < call.Skv, s, float("-inf"))
+        end, column = near(call.Skv, kv_idx)
+        s = gl.where(column < end, s, float("-inf"))
     return s
 
 

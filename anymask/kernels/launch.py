@@ -190,15 +190,18 @@ def _forward_recipe(alike: Likeness) -> Recipe:
     Hkv, Skv, Dv = alike.v.shape[1:]
     out = alike.out.strides
     bindings, wide = _bind(alike.captures, alike.ints, alike.floats)
-    mask, score, _ = _functions(alike.mods, wide, plan.is_ptx, has_gradient=False)
-    if score is None and scale <= 0:  # the identity: the kernel's short cut needs scale > 0
-        score = _function(alike.mods.score, "score", wide, plan.is_ptx)
     config = plan.forward
     assert config is not None, "a plan of another backend"
     tile_q, tile_kv = walk_shapes(plan, alike.tile)[0][0]
     maps = alike.maps if alike.mods.has_mask else None
+    is_hopper = isinstance(config, HopperConfig)
     if isinstance(config, HopperConfig) and maps is None:
         tile_q, tile_kv = config.BLOCK_Q, config.BLOCK_KV
+    # rows past the end are not stored, and keys past the end hidden
+    overhang = _overhang(Sq % tile_q, Skv % tile_kv)
+    mask, score, _ = _functions(alike.mods, wide, plan.is_ptx, overhang, False, is_hopper)
+    if score is None and scale <= 0:  # the identity: the kernel's short cut needs scale > 0
+        score = _function(alike.mods.score, "score", wide, plan.is_ptx, overhang, is_hopper)
     num_rows, head_bytes = _ceil(Sq, tile_q), Skv * (D + Dv) * alike.q.dtype.itemsize
     walk = _walk_arguments(maps, _ceil(Skv, tile_kv), num_rows, B * Hq, Hq // Hkv, head_bytes, plan)
     if isinstance(config, HopperConfig):
@@ -261,9 +264,11 @@ def _backward_recipes(
     dq, dk, dv = [of_x for _, of_x in made]
     captures = tuple(x._replace(strides=of_x) for x, of_x in zip(alike.captures, of_captures, strict=True))
     bindings, wide = _bind(captures, alike.ints, alike.floats)
-    mask, score, score_gradient = _functions(alike.mods, wide, plan.is_ptx, has_gradient=True)
     dkdv, dq_config = _config(plan.dkdv), _config(plan.dq)
     _, (columns_tile, _), (lines_tile, _) = walk_shapes(plan, alike.tile)
+    # of what lies past the end, rows are not stored, and what they are multiplied with is hidden
+    overhang = _overhang(Sq % columns_tile[0] or Sq % lines_tile[0], Skv % columns_tile[1] or Skv % lines_tile[1])
+    mask, score, score_gradient = _functions(alike.mods, wide, plan.is_ptx, overhang, has_gradient=True)
     num_columns, num_lines = _ceil(Skv, columns_tile[1]), _ceil(Sq, lines_tile[0])
     padded_Sq = _ceil(Sq, columns_tile[0]) * columns_tile[0]
     row_bytes = (D + Dv) * alike.q.dtype.itemsize
@@ -507,27 +512,40 @@ def _bind(
 
 
 @functools.lru_cache(maxsize=4096)
-def _function(expr: Expr, name: str, wide: frozenset[int], is_ptx: bool = False) -> Any:
-    text = emit_hide(expr, name, wide, is_ptx) if name == "hide" else emit(expr, name, wide, is_ptx)
-    return jitted(text, name)
+def _function(
+    expr: Expr, name: str, wide: frozenset[int], is_ptx: bool, overhang: frozenset[str], is_near: bool = False
+) -> Any:
+    return jitted((emit_hide if name == "hide" else emit)(expr, name, wide, is_ptx, overhang, is_near), name)
 
 
 @functools.lru_cache(maxsize=4096)
-def _functions(mods: Mods, wide: frozenset[int], is_ptx: bool, has_gradient: bool) -> tuple[Any, Any, Any]:
-    """The mask, the score function and its derivative, the last two None where the score is unchanged."""
-    mask = _function(mods.mask, "hide", wide, is_ptx)
+def _functions(
+    mods: Mods, wide: frozenset[int], is_ptx: bool, overhang: frozenset[str], has_gradient: bool, is_near: bool = False
+) -> tuple[Any, Any, Any]:
+    """The mask, the score function and its derivative, the last two None where the score is unchanged.
+
+    overhang: see emit.
+    """
+    mask = _function(mods.mask, "hide", wide, is_ptx, overhang, is_near)
     if not mods.has_score:
         return mask, None, None
-    score = _function(mods.score, "score", wide, is_ptx)
+    score = _function(mods.score, "score", wide, is_ptx, overhang, is_near)
     if not has_gradient:
         return mask, score, None
-    return mask, score, _function(derivative(mods.score), "score_gradient", wide, is_ptx)
+    return mask, score, _function(derivative(mods.score), "score_gradient", wide, is_ptx, overhang, is_near)
+
+
+def _overhang(q: int, kv: int) -> frozenset[str]:
+    """The indices that tiles may take past the end: those with a rest."""
+    return frozenset(name for name, rest in (("q_idx", q), ("kv_idx", kv)) if rest)
 
 
 @functools.lru_cache(maxsize=4096)
 def _map_functions(mask: Expr, wide: frozenset[int]) -> tuple[Any, Any]:
     """The bounds of the mask over map tiles, and the mask itself, both at indices that exist."""
-    bounds, function = emit_bounds(mask, "bounds", wide, is_inside=True), emit(mask, "mask", wide, is_inside=True)
+    is_inside: frozenset[str] = frozenset()  # no index overhangs
+    bounds = emit_bounds(mask, "bounds", wide, overhang=is_inside)
+    function = emit(mask, "mask", wide, overhang=is_inside)
     return jitted(bounds, "bounds"), jitted(function, "mask")
 
 

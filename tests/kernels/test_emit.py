@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -217,8 +219,49 @@ def test_row_work_stays_on_rows() -> None:
 
 def test_a_read_at_a_position_that_exists_needs_no_predicate() -> None:
     read, shifted = (Expr.of(Op.LOAD, I32, (B_, i), 0) for i in (KV_, apply(Op.ADD, KV_, Q_)))
-    assert "mask=" in emit(read, "f") and "mask=" not in emit(read, "f", is_inside=True)
-    assert emit(shifted, "f", is_inside=True).count("<") == 1
+    assert "mask=" in emit(read, "f") and "mask=" not in emit(read, "f", overhang=frozenset())
+    assert emit(shifted, "f", overhang=frozenset()).count("<") == 1
+    at_end = emit(read, "f", overhang=frozenset(("kv_idx",)))
+    assert "mask=" not in at_end and "tl.minimum(kv_idx, (captures[0][1][1] >> 1) - 1)" in at_end
+
+
+def test_distances_are_taken_near_the_tile() -> None:
+    visible = apply(Op.AND, apply(Op.LE, KV_, Q_), apply(Op.LT, apply(Op.ADD, KV_, integer(3)), Q_))
+    text = emit(visible, "f", is_ptx=True, overhang=frozenset(("q_idx",)), is_near=True)
+    assert "near_kv_idx <= near_q_idx" in text and "opaque_q_idx" in text
+    assert "near" not in emit(visible, "f", is_ptx=True) + emit(visible, "f", overhang=frozenset())
+
+
+@pytest.mark.parametrize("n", [0, 5, -17, 2**30, 2**31 - 1, -(2**31)])
+@pytest.mark.parametrize("op", [Op.LE, Op.LT])
+def test_a_distance_compared_with_a_number(op: Op, n: int) -> None:
+    """In plain torch: Triton's interpreter has no opaque()."""
+    number = Expr.of(Op.NUMBER, I32, (), 0)
+    kv_idx = torch.arange(128, dtype=torch.int32)[None, :] + 1280
+    q_idx = torch.tensor([[0], [1300], [1500], [2**30 - 1]], dtype=torch.int32)
+    column = 128 - 7
+    functions = {
+        "tl": SimpleNamespace(cast=lambda x, _: torch.tensor(x), int32=0, minimum=at_most, maximum=at_least),
+        "triton": SimpleNamespace(jit=lambda function: function),
+        "near": lambda x, kv_idx: (x - (kv_idx & ~column), kv_idx & column),
+        "opaque": lambda x: x,
+    }
+    for difference, value in ((apply(Op.SUB, KV_, Q_), kv_idx - q_idx), (apply(Op.SUB, Q_, KV_), q_idx - kv_idx)):
+        for pair, left, right in (((difference, number), value, n), ((number, difference), n, value)):
+            text = emit(apply(op, *pair), "f", is_ptx=True, overhang=frozenset(), is_near=True)
+            namespace: dict[str, Any] = dict(functions)
+            exec(text, namespace)
+            got = namespace["f"](0, 0, q_idx, kv_idx, (), (2 * n + 1,), ())
+            assert "near_kv_idx" in text.splitlines()[-2]
+            assert torch.equal(got, left <= right if op is Op.LE else left < right), text
+
+
+def at_most(x: Tensor, limit: int) -> Tensor:
+    return x.clamp(max=limit).int()
+
+
+def at_least(x: Tensor, limit: int) -> Tensor:
+    return x.clamp(min=limit)
 
 
 TABLE = torch.arange(-30, 34, dtype=torch.int32, device=DEVICE).view(8, 8)
