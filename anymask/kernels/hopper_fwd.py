@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from anymask.kernels.functions import near
-from anymask.kernels.hopper_pipeline import Ring, pass_turn, wait_turn
+from anymask.kernels.hopper_pipeline import Ring, begin_store, pass_turn, wait_turn
 from anymask.kernels.hopper_softmax import OnlineSoftmax, pack_pairs, unpack_pairs
 from anymask.kernels.record import record
 from anymask.kernels.tile import (
@@ -350,13 +350,12 @@ def attend(call, rings, WARPGROUP: gl.constexpr):
     gl.store(call.lse_pointer + head * call.Sq + rows, lse, mask=rows < call.Sq)
     inverse = gl.convert_layout(1.0 / row_sum, gl.SliceLayout(1, O_LAYOUT))
     if rings.out is None:
-        place = rings.q.tiles.index(WARPGROUP)  # it has been read
-        staged = place._reinterpret(call.out.dtype, call.out.block_type.shape, call.out.layout)
+        staged = rings.q.tiles.index(WARPGROUP)  # it has been read
     else:
         staged = rings.out.index(WARPGROUP)
     staged.reshape([ROWS, DV]).store((acc * inverse[:, None]).to(call.out.dtype))
     fence_async_shared()
-    tma.async_copy_shared_to_global(call.out, [row.b, row.h, row.q_start, 0], staged)
+    begin_store(call.out, [row.b, row.h, row.q_start, 0], staged)
     tma.store_wait(0)
 
 
@@ -395,7 +394,7 @@ def hopper_forward_kernel(
     D: gl.constexpr = q.block_type.shape[3]
     DV: gl.constexpr = out.block_type.shape[3]
     staged = None
-    if DV > D:
+    if DV != D:
         staged = gl.allocate_shared_memory(out.dtype, [NUM_CONSUMERS, 1, 1, ROWS, DV], out.layout)
     rings = Rings(
         Ring.create(q, NUM_CONSUMERS, 1),

@@ -6,6 +6,10 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from anymask.kernels.record import record
 
+# Triton 3.6 has the longer names only, 3.9 the shorter ones only.
+begin_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+begin_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+
 
 @record
 class Ring:
@@ -40,7 +44,7 @@ class Ring:
         full = self.full.index(stage)
         mbarrier.wait(self.empty.index(stage), (i // self.STAGES & 1) ^ 1)
         mbarrier.expect(full, tensor.block_type.nbytes)
-        tma.async_copy_global_to_shared(tensor, [b, h, start, 0], full, self.tiles.index(stage))
+        begin_load(tensor, [b, h, start, 0], full, self.tiles.index(stage))
 
     @gluon.jit
     def wait(self, i):

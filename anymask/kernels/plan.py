@@ -333,7 +333,7 @@ def _stride_obstacle(shape: tuple[int, ...], strides: tuple[int, ...], itemsize:
 
 def hopper_shared_memory(config: HopperConfig, D: int, Dv: int) -> int:
     """Bytes of shared memory that the Hopper forward needs at most: Q, out where it does not fit in Q's place, K, V."""
-    staged = D + (Dv if Dv > D else 0)
+    staged = D + (Dv if Dv != D else 0)
     return 2 * (config.BLOCK_Q * staged + config.num_stages * config.BLOCK_KV * (D + Dv)) + 1024
 
 
