@@ -23,20 +23,22 @@ class HopperConfig:
     """Tiles of the Hopper forward: 64 queries for each consumer warpgroup. num_stages: tiles of keys in shared memory.
 
     has_turns: two consumers issue their products in turns, so that one's softmax overlaps the other's products.
+    is_persistent: a program for each multiprocessor, which takes one tile of queries after the other.
     """
 
     BLOCK_Q: int
     BLOCK_KV: int
     num_stages: int
     has_turns: bool
+    is_persistent: bool = False
 
     @property
     def num_consumers(self) -> int:
         return self.BLOCK_Q // 64
 
     def __str__(self) -> str:
-        turns = ", in turns" if self.has_turns else ""
-        return f"{self.BLOCK_Q}x{self.BLOCK_KV}, {self.num_consumers} warpgroups{turns}, {self.num_stages} stages"
+        ways = ", in turns" * self.has_turns + ", persistent" * self.is_persistent
+        return f"{self.BLOCK_Q}x{self.BLOCK_KV}, {self.num_consumers} warpgroups{ways}, {self.num_stages} stages"
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from anymask.kernels.functions import near
-from anymask.kernels.hopper_pipeline import Ring, pass_turn, wait_turn
+from anymask.kernels.hopper_pipeline import Ring, RowQueue, pass_turn, wait_turn
 from anymask.kernels.hopper_softmax import OnlineSoftmax, pack_pairs, unpack_pairs
 from anymask.kernels.record import record
 from anymask.kernels.tile import (
@@ -43,6 +43,7 @@ class Call:
     v: tma.tensor_descriptor
     out: tma.tensor_descriptor
     lse_pointer: gl.tensor
+    counter: gl.tensor | gl.constexpr
     walk: gl.tuple | gl.constexpr
     num_words: gl.tensor | gl.constexpr
     map_strides: gl.tuple
@@ -132,15 +133,15 @@ class Row:
 
 
 @gluon.jit
-def row_of_program(call, OFFSET: gl.constexpr):
-    """The row of this program, in the order of work_of, from query OFFSET on.
+def row_of(call, number, OFFSET: gl.constexpr):
+    """Row `number` in the order of work_of, from query OFFSET on.
 
     Without a walk it visits all keys: first the tile that hangs over their end, if one does.
     """
     BLOCK_Q: gl.constexpr = call.BLOCK_Q
     BLOCK_KV: gl.constexpr = call.BLOCK_KV
     TILE_Q: gl.constexpr = call.TILE_Q
-    head, rank, part = work_of(gl.program_id(0), call.num_rows, call.num_heads, call.heads_together, TILE_Q, BLOCK_Q)
+    head, rank, part = work_of(number, call.num_rows, call.num_heads, call.heads_together, TILE_Q, BLOCK_Q)
     b = head // call.Hq
     h = head % call.Hq
     if call.walk is None:
@@ -158,14 +159,25 @@ def row_of_program(call, OFFSET: gl.constexpr):
         return Row(b, h, q_start, num_masked, num_full, masked, full)
 
 
+@gluon.jit
+def num_rows_of(call):
+    """Of all heads."""
+    PARTS: gl.constexpr = call.TILE_Q // call.BLOCK_Q
+    return call.num_rows * PARTS * call.num_heads
+
+
 @record
 class Rings:
-    """Q of each consumer, K and V; and where out is staged, None: in Q's place."""
+    """Q of each consumer, K and V; and where out is staged, None: in Q's place.
+
+    queue: of the rows after the first of a persistent program, None: there is one row.
+    """
 
     q: Ring
     k: Ring
     v: Ring
     out: gl.shared_memory_descriptor | gl.constexpr
+    queue: RowQueue | gl.constexpr
 
 
 # --- the producer ---
@@ -173,12 +185,38 @@ class Rings:
 
 @gluon.jit
 def load_tiles(call, rings):
-    """Role of one warp: load what the consumers read. The walk is a step ahead of the loads."""
-    row = row_of_program(call, 0)
+    """Role of one warp: load what the consumers read.
+
+    A persistent program draws the number of its next row when a row's loads are on their way, so that nobody waits for
+    the counter. Who counts itself out last sets the counter back: all have drawn their last number by then.
+    """
+    number = gl.program_id(0)
+    n = gl.to_tensor(0)
+    i = gl.to_tensor(0)
+    if rings.queue is None:
+        load_row(call, rings, row_of(call, number, 0), n, i)
+    else:
+        num_rows = num_rows_of(call)
+        while number < num_rows:
+            i = load_row(call, rings, row_of(call, number, 0), n, i)
+            number = gl.num_programs(0) + gl.atomic_add(call.counter, 1)
+            rings.queue.put(n, number)
+            n += 1
+        if gl.atomic_add(call.counter + 1, 1) == gl.num_programs(0) - 1:
+            gl.store(call.counter, 0)
+            gl.store(call.counter + 1, 0)
+
+
+@gluon.jit
+def load_row(call, rings, row, n, i):
+    """Q of row number n of this program, and K and V of its tiles, the first of which is tile i; the i after them.
+
+    The walk is a step ahead of the loads.
+    """
     kv_head = row.h // call.G
-    for consumer in gl.static_range(rings.q.STAGES):
-        rings.q.load(consumer, call.q, row.b, row.h, row.q_start + consumer * ROWS)
-    i = 0
+    NUM_CONSUMERS: gl.constexpr = call.BLOCK_Q // ROWS
+    for consumer in gl.static_range(NUM_CONSUMERS):
+        rings.q.load(n * NUM_CONSUMERS + consumer, call.q, row.b, row.h, row.q_start + consumer * ROWS)
     for IS_FULL in gl.static_range(2):
         if IS_FULL:
             tiles = row.full
@@ -192,6 +230,7 @@ def load_tiles(call, rings):
             rings.k.load(i, call.k, row.b, kv_head, kv_start)
             rings.v.load(i, call.v, row.b, kv_head, kv_start)
             i += 1
+    return i
 
 
 # --- a consumer ---
@@ -287,31 +326,54 @@ def attend_step(
 
 @gluon.jit
 def attend(call, rings, WARPGROUP: gl.constexpr):
-    """Role of a warpgroup: out and lse of ROWS queries."""
+    """Role of a warpgroup: out and lse of ROWS queries, of each row of a persistent program."""
+    OFFSET: gl.constexpr = WARPGROUP * ROWS
+    number = gl.program_id(0)
+    n = gl.to_tensor(0)
+    i = gl.to_tensor(0)
+    row = row_of(call, number, OFFSET)
+    if call.HAS_TURNS and WARPGROUP == 1:
+        pass_turn(WARPGROUP)
+    if rings.queue is None:
+        attend_row(call, rings, row, n, i, WARPGROUP)
+    else:
+        num_rows = num_rows_of(call)
+        while number < num_rows:
+            number, row, i = attend_row(call, rings, row, n, i, WARPGROUP)
+            n += 1
+        tma.store_wait(0)
+    if call.HAS_TURNS and WARPGROUP == 0:
+        wait_turn(WARPGROUP)  # the turn that the other passed on last
+
+
+@gluon.jit
+def attend_row(call, rings, row, n, first, WARPGROUP: gl.constexpr):
+    """Row number n of this program, whose first tile is tile `first`.
+
+    Of a persistent program: the number of its next row, that row, and the number of its first tile.
+    """
     DV: gl.constexpr = call.out.block_type.shape[3]
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, call.BLOCK_KV, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
     MAY_HIDE: gl.constexpr = call.MASK is not None or not call.IS_EVEN_KV
-    row = row_of_program(call, WARPGROUP * ROWS)
     num_masked = row.num_masked
     num_steps = num_masked + row.num_full
-    q_tile = rings.q.tile(WARPGROUP)
+    q_load = n * (call.BLOCK_Q // ROWS) + WARPGROUP
+    q_tile = rings.q.tile(q_load)
 
     acc = gl.zeros([ROWS, DV], gl.float32, O_LAYOUT)
     softmax = OnlineSoftmax.create(ROWS, S_LAYOUT)
-    rings.q.wait(WARPGROUP)
+    rings.q.wait(q_load)
     if num_steps > 0:
-        if call.HAS_TURNS and WARPGROUP == 1:
-            pass_turn(WARPGROUP)
         # tile 0: there is no P before it
-        rings.k.wait(0)
+        rings.k.wait(first)
         if call.HAS_TURNS:
             wait_turn(WARPGROUP)
-        s = score_product(rings, q_tile, 0, S_LAYOUT)
+        s = score_product(rings, q_tile, first, S_LAYOUT)
         if call.HAS_TURNS:
             pass_turn(WARPGROUP)
         s = warpgroup_mma_wait(0, deps=[s])
-        rings.k.release(0)
+        rings.k.release(first)
         masked = row.masked
         full = row.full
         kv_start = gl.where(num_masked > 0, masked.kv_start(0), full.kv_start(0))
@@ -323,24 +385,35 @@ def attend(call, rings, WARPGROUP: gl.constexpr):
 
         if MAY_HIDE:
             masked = masked.after(0)
-            for i in range(1, num_masked):
-                kv_start = masked.kv_start(i)
-                masked = masked.after(i)
+            for step in range(1, num_masked):
+                i = first + step
+                kv_start = masked.kv_start(step)
+                masked = masked.after(step)
                 acc, softmax, pairs, correction = attend_step(
                     i, kv_start, acc, softmax, pairs, correction, q_tile, call, row, rings, True, WARPGROUP
                 )
         if num_masked == 0:
             full = full.after(0)
-        for i in range(gl.maximum(num_masked, 1), num_steps):
-            kv_start = full.kv_start(i - num_masked)
-            full = full.after(i - num_masked)
+        for step in range(gl.maximum(num_masked, 1), num_steps):
+            i = first + step
+            kv_start = full.kv_start(step - num_masked)
+            full = full.after(step - num_masked)
             acc, softmax, pairs, correction = attend_step(
                 i, kv_start, acc, softmax, pairs, correction, q_tile, call, row, rings, False, WARPGROUP
             )
-        if call.HAS_TURNS and WARPGROUP == 0:
-            wait_turn(WARPGROUP)  # the turn that the other passed on last
-        acc = output_product(rings, pairs, correction, acc, num_steps - 1)
+        if rings.queue is not None:
+            rings.q.release(q_load)
+        acc = output_product(rings, pairs, correction, acc, first + num_steps - 1)
         acc = warpgroup_mma_wait(0, deps=[acc])
+        if rings.queue is not None:
+            rings.v.release(first + num_steps - 1)
+    else:
+        if rings.queue is not None:
+            rings.q.release(q_load)
+    if rings.queue is not None:
+        # its walk is read while this row is written
+        number = rings.queue.take(n)
+        next_row = row_of(call, gl.minimum(number, num_rows_of(call) - 1), WARPGROUP * ROWS)
 
     has_key = softmax.row_sum > 0
     row_sum = gl.where(has_key, softmax.row_sum, 1.0)
@@ -349,6 +422,8 @@ def attend(call, rings, WARPGROUP: gl.constexpr):
     head = row.b.to(gl.int64) * call.Hq + row.h
     gl.store(call.lse_pointer + head * call.Sq + rows, lse, mask=rows < call.Sq)
     inverse = gl.convert_layout(1.0 / row_sum, gl.SliceLayout(1, O_LAYOUT))
+    if rings.queue is not None:
+        tma.store_wait(0)  # the last row has left its place
     if rings.out is None:
         place = rings.q.tiles.index(WARPGROUP)  # it has been read
         staged = place._reinterpret(call.out.dtype, call.out.block_type.shape, call.out.layout)
@@ -357,7 +432,11 @@ def attend(call, rings, WARPGROUP: gl.constexpr):
     staged.reshape([ROWS, DV]).store((acc * inverse[:, None]).to(call.out.dtype))
     fence_async_shared()
     tma.async_copy_shared_to_global(call.out, [row.b, row.h, row.q_start, 0], staged)
-    tma.store_wait(0)
+    if rings.queue is None:
+        tma.store_wait(0)
+        return
+    else:
+        return number, next_row, first + num_steps
 
 
 @gluon.jit(do_not_specialize=["num_words", "num_rows", "num_heads", "heads_together", "Hq", "Sq", "Skv"])
@@ -367,6 +446,7 @@ def hopper_forward_kernel(
     v,  # [B, Hkv, Skv, DV] in blocks of BLOCK_KV
     out,  # [B, Hq, Sq, DV] in blocks of ROWS
     lse_pointer,  # [B, Hq, Sq] f32, contiguous
+    counter,  # of a persistent kernel: [2] int32, 0 before and after
     walk,  # (words, rows) of blocks/walk.py, or None: every row visits every key
     num_words,
     map_strides,  # see map_of
@@ -390,18 +470,25 @@ def hopper_forward_kernel(
     HAS_TURNS: gl.constexpr,
     REGISTERS: gl.constexpr,  # of the roles but the first
 ):
-    """out and lse of one query tile. Grid: a program for each tile of each head, in the order of work_of."""
+    """out and lse of one query tile. Grid: a program for each tile of each head, in the order of work_of.
+
+    A persistent one goes on with further tiles: numbers from the grid's size on, which programs draw from counter.
+    """
     NUM_CONSUMERS: gl.constexpr = BLOCK_Q // ROWS
     D: gl.constexpr = q.block_type.shape[3]
     DV: gl.constexpr = out.block_type.shape[3]
     staged = None
-    if DV > D:
+    if DV > D or counter is not None:
         staged = gl.allocate_shared_memory(out.dtype, [NUM_CONSUMERS, 1, 1, ROWS, DV], out.layout)
+    queue = None
+    if counter is not None:
+        queue = RowQueue.create(NUM_CONSUMERS)
     rings = Rings(
-        Ring.create(q, NUM_CONSUMERS, 1),
+        Ring.create(q, NUM_CONSUMERS if counter is None else NUM_CONSUMERS * 2, 1),
         Ring.create(k, STAGES, NUM_CONSUMERS),
         Ring.create(v, STAGES, NUM_CONSUMERS),
         staged,
+        queue,
     )
     fence_async_shared()
     call = Call(
@@ -410,6 +497,7 @@ def hopper_forward_kernel(
         v,
         out,
         lse_pointer,
+        counter,
         walk,
         num_words,
         map_strides,

@@ -5,6 +5,7 @@ launch.py imports this only where the plan wants one: it imports Gluon.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -31,23 +32,27 @@ def forward_recipe(
     score: Any,
     config: HopperConfig,
 ) -> Recipe:
-    """For q, k, v, out, lse, the walk's tensors, captured ones.
+    """For q, k, v, out, lse, a counter if it is persistent, the walk's tensors, captured ones.
 
     walk: the arguments walk to heads_together of kernels/tile.py, the walk None where no mask hides anything.  tile: of
     the walk.  mask, score: jitted functions or None.
     """
     Hq, Sq, Skv = q.shape[1], q.shape[2], k.shape[2]
     num_rows, num_heads = walk[3:5]
+    programs = num_heads * num_rows * tile[0] // config.BLOCK_Q
+    if config.is_persistent:
+        programs = min(programs, _num_multiprocessors(q.device))
     registers, of_roles = HOPPER_REGISTERS[config.num_consumers]
     return Recipe(
         q.device,
         hopper_forward_kernel,
-        num_heads * num_rows * tile[0] // config.BLOCK_Q,
+        programs,
         _descriptor(q, CONSUMER_ROWS),
         _descriptor(k, config.BLOCK_KV),
         _descriptor(v, config.BLOCK_KV),
         _descriptor(out, CONSUMER_ROWS),
         TENSOR,
+        TENSOR if config.is_persistent else None,
         *walk,
         Hq,
         Sq,
@@ -68,6 +73,12 @@ def forward_recipe(
         num_warps=4,
         maxnreg=registers,
     )
+
+
+@functools.lru_cache
+def _num_multiprocessors(device: torch.device) -> int:
+    """132 where nothing runs: an H200's."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def _descriptor(x: Layout, rows: int) -> Descriptor:

@@ -58,6 +58,44 @@ class Ring:
         mbarrier.arrive(self.empty.index(i % self.STAGES), count=1)
 
 
+@record
+class RowQueue:
+    """Numbers of rows that the producer of a persistent program draws and its consumers read, one after the other."""
+
+    numbers: gl.shared_memory_descriptor  # [2, 1] int32
+    full: gl.shared_memory_descriptor  # [2, 1]
+    empty: gl.shared_memory_descriptor  # [2, 1]
+
+    @gluon.jit
+    def create(NUM_CONSUMERS: gl.constexpr):
+        numbers = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        for slot in gl.static_range(2):
+            mbarrier.init(full.index(slot), count=1)
+            mbarrier.init(empty.index(slot), count=NUM_CONSUMERS)
+        return RowQueue(numbers, full, empty)
+
+    @gluon.jit
+    def put(self, n, number):
+        """The n-th number, when all consumers have taken the one before the last."""
+        slot = n % 2
+        mbarrier.wait(self.empty.index(slot), (n // 2 & 1) ^ 1)
+        of_one_warp: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+        self.numbers.index(slot).store(gl.full([1], number, gl.int32, of_one_warp))
+        mbarrier.arrive(self.full.index(slot), count=1)
+
+    @gluon.jit
+    def take(self, n):
+        """The n-th number, as soon as it is there."""
+        slot = n % 2
+        mbarrier.wait(self.full.index(slot), n // 2 & 1)
+        of_a_warpgroup: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+        number = gl.max(self.numbers.index(slot).load(of_a_warpgroup), 0)
+        mbarrier.arrive(self.empty.index(slot), count=1)
+        return number
+
+
 # --- turns: two warpgroups issue their products one after the other, so that one's softmax overlaps the other's
 # products. Named barrier 14 is the turn of warpgroup 0, 15 of warpgroup 1 (the compiler uses the first few itself): who
 # waits for a turn and who passes it on are 128 threads each.

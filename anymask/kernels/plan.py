@@ -332,8 +332,11 @@ def _stride_obstacle(shape: tuple[int, ...], strides: tuple[int, ...], itemsize:
 
 
 def hopper_shared_memory(config: HopperConfig, D: int, Dv: int) -> int:
-    """Bytes of shared memory that the Hopper forward needs at most: Q, out where it does not fit in Q's place, K, V."""
-    staged = D + (Dv if Dv > D else 0)
+    """Bytes of shared memory that the Hopper forward needs at most: Q, out where it does not fit in Q's place, K, V.
+
+    A persistent one has the next row's Q and the last row's out.
+    """
+    staged = 2 * D + Dv if config.is_persistent else D + (Dv if Dv > D else 0)
     return 2 * (config.BLOCK_Q * staged + config.num_stages * config.BLOCK_KV * (D + Dv)) + 1024
 
 
@@ -343,7 +346,8 @@ def _override_hopper(default: HopperConfig, wanted: Any, tile: tuple[int, int], 
         config = wanted if isinstance(wanted, HopperConfig) else replace(default, **wanted)
     except TypeError:
         raise UnsupportedError(
-            f"config['forward'] = {wanted} should name BLOCK_Q, BLOCK_KV, num_stages or has_turns of the Gluon forward"
+            f"config['forward'] = {wanted} should name BLOCK_Q, BLOCK_KV, num_stages, has_turns or is_persistent of "
+            "the Gluon forward"
         ) from None
     if config.BLOCK_Q not in (128, 192) or config.BLOCK_KV not in (64, 128) or config.num_stages < 1:
         raise UnsupportedError(

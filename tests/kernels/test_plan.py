@@ -218,6 +218,10 @@ def test_hopper_config_is_obeyed() -> None:
     plan = choose(problem(64), NONE, (64, 64), arch="sm_90", backend="gluon", config={"forward": wanted})
     assert plan.forward == HopperConfig(192, 128, 2, False) and "config= sets forward 192x128" in plan.why
     assert walk_shapes(plan, (64, 64))[0] == ((192, 128), False)
+    wanted = {"is_persistent": True}
+    plan = choose(problem(128), NONE, (64, 64), arch="sm_90", backend="gluon", config={"forward": wanted})
+    assert plan.forward == HopperConfig(128, 128, 2, True, True) and "in turns, persistent" in plan.why
+    assert not choose(problem(128), NONE, (64, 64), arch="sm_90").forward.is_persistent
 
 
 def test_the_faster_forward_is_taken() -> None:
