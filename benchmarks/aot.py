@@ -66,6 +66,7 @@ HOPPER_VARIANTS: tuple[tuple[int, tuple[tuple[str, Any], ...]], ...] = (
     (128, (("is_persistent", True),)),
     (64, (("is_persistent", True), ("BLOCK_Q", 128), ("has_turns", True))),
     (64, (("is_persistent", True), ("BLOCK_Q", 192), ("has_turns", False))),
+    *((D, ()) for D in (16, 48, 72, 96, 112, 160, 192)),
 )
 
 

@@ -55,6 +55,20 @@ def test_sizes_on_hopper(S: tuple[int, int], D: int, Dv: int) -> None:
 
 
 @hopper
+@pytest.mark.parametrize("D, Dv", [(8, 8), (16, 40), (48, 32), (72, 72), (96, 96), (112, 80), (160, 160)], ids=str)
+def test_head_dims_on_hopper(D: int, Dv: int) -> None:
+    for mask in (None, causal()):
+        run("gluon", mask, None, (2, 4, 2, 300, 270, D, Dv), torch.bfloat16, "cuda", 128)
+
+
+@hopper
+@pytest.mark.parametrize("D, Dv", [(192, 128), (192, 192), (256, 256), (256, 24), (32, 256)], ids=str)
+def test_big_head_dims_on_hopper(D: int, Dv: int) -> None:
+    for mask in (None, causal()):
+        run("gluon", mask, None, (2, 4, 2, 300, 270, D, Dv), torch.float16, "cuda", 128)
+
+
+@hopper
 @pytest.mark.parametrize("mask", [None, causal(), sliding_window(100, 30)], ids=["unmasked", "causal", "window"])
 @pytest.mark.parametrize("D, options", [(128, {}), (64, {}), (64, {"BLOCK_Q": 192, "has_turns": False})], ids=str)
 def test_a_persistent_forward_gives_the_same_bits(D: int, options: dict[str, Any], mask: Any) -> None:

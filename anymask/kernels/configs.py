@@ -151,6 +151,7 @@ class HopperRow:
     forward: HopperConfig
     min_Sq: int = 0
     is_light: bool = False  # only for masks of indices alone, without a score function
+    max_Dv: int = 256
 
 
 # H200, bf16, 16,384 tokens in all, 2026-11-22. Numbers are TFLOP/s: no mask / causal.
@@ -163,16 +164,20 @@ HOPPER_ROWS = (
     # S 16384 645 / 629, 2048 605 / 505, 512 424 / 251; without turns 621 / 617; the portable one 455 / 438, 428 / 386,
     # 341 / 219
     HopperRow(128, HopperConfig(128, 128, 2, True)),
+    # not measured
+    HopperRow(192, HopperConfig(128, 128, 2, True), max_Dv=128),
+    HopperRow(192, HopperConfig(128, 64, 3, True)),
+    HopperRow(256, HopperConfig(128, 64, 2, True)),
 )
 
 
-def hopper_config(D: int, Sq: int, tile_q: int, is_light: bool) -> HopperConfig | None:
-    """The forward's for D = max(D, Dv) and maps with tiles of tile_q queries; None where the portable one is faster."""
-    max_D = min(row.max_D for row in HOPPER_ROWS if row.max_D >= D)
+def hopper_config(D: int, Dv: int, Sq: int, tile_q: int, is_light: bool) -> HopperConfig | None:
+    """The forward's for maps with tiles of tile_q queries; None where the portable one is faster."""
+    max_D = min(row.max_D for row in HOPPER_ROWS if row.max_D >= max(D, Dv))
     for row in HOPPER_ROWS:
         BLOCK_Q = row.forward.BLOCK_Q
         fits = max(BLOCK_Q, tile_q) % min(BLOCK_Q, tile_q) == 0
-        if row.max_D == max_D and row.min_Sq <= Sq and row.is_light <= is_light and fits:
+        if row.max_D == max_D and row.min_Sq <= Sq and row.is_light <= is_light and row.max_Dv >= Dv and fits:
             return row.forward
     return None
 

@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from anymask.kernels.functions import near
-from anymask.kernels.hopper_pipeline import Ring, RowQueue, pass_turn, wait_turn
+from anymask.kernels.hopper_pipeline import Ring, RowQueue, allocate_tiles, pass_turn, wait_turn
 from anymask.kernels.hopper_softmax import OnlineSoftmax, pack_pairs, unpack_pairs
 from anymask.kernels.record import record
 from anymask.kernels.tile import (
@@ -38,10 +38,10 @@ ROWS = gl.constexpr(64)  # of a consumer: what one wgmma of a warpgroup takes
 class Call:
     """The arguments of hopper_forward_kernel, as its roles read them."""
 
-    q: tma.tensor_descriptor
-    k: tma.tensor_descriptor
-    v: tma.tensor_descriptor
-    out: tma.tensor_descriptor
+    q: gl.tuple  # of descriptors, one for each chunk of columns
+    k: gl.tuple
+    v: gl.tuple
+    out: gl.tuple
     lse_pointer: gl.tensor
     counter: gl.tensor | gl.constexpr
     walk: gl.tuple | gl.constexpr
@@ -176,7 +176,7 @@ class Rings:
     q: Ring
     k: Ring
     v: Ring
-    out: gl.shared_memory_descriptor | gl.constexpr
+    out: gl.tuple | gl.constexpr
     queue: RowQueue | gl.constexpr
 
 
@@ -268,24 +268,45 @@ def shown(call, row, kv_start, s):
 
 
 @gluon.jit
-def score_product(rings, q_tile, i, S_LAYOUT: gl.constexpr):
-    """S = Q K(i)^T, issued    [ROWS, BLOCK_KV] f32"""
-    k_tile = rings.k.tile(i)
-    BLOCK_KV: gl.constexpr = k_tile.shape[0]
-    zeros = gl.zeros([ROWS, BLOCK_KV], gl.float32, S_LAYOUT)
-    return warpgroup_mma(q_tile, k_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
+def score_product(rings, q_load, i, S_LAYOUT: gl.constexpr):
+    """S = Q K(i)^T, issued, a product for each chunk of columns    [ROWS, BLOCK_KV] f32"""
+    BLOCK_KV: gl.constexpr = rings.k.tiles[0].shape[3]
+    s = gl.zeros([ROWS, BLOCK_KV], gl.float32, S_LAYOUT)
+    for c in gl.static_range(len(rings.k.tiles)):
+        k_tile = rings.k.tile(i, c).permute((1, 0))
+        s = warpgroup_mma(rings.q.tile(q_load, c), k_tile, s, use_acc=c > 0, is_async=True)
+    return s
 
 
 @gluon.jit
 def output_product(rings, pairs, correction, acc, i):
-    """O = O * correction + P V(i), issued    [ROWS, DV] f32"""
-    v_tile = rings.v.tile(i)
+    """O = O * correction + P V(i), issued, for each chunk of columns    of each chunk [ROWS, columns] f32"""
+    rings.v.wait(i)
+    issued = ()
+    for c in gl.static_range(len(acc)):
+        issued += (chunk_product(rings.v.tile(i, c), pairs, correction, acc[c]),)
+    return issued
+
+
+@gluon.jit
+def chunk_product(v_tile, pairs, correction, acc):
+    """O = O * correction + P V, issued    [ROWS, columns] f32"""
     O_LAYOUT: gl.constexpr = acc.type.layout
     p = unpack_pairs(pairs, v_tile.dtype, gl.DotOperandLayout(0, O_LAYOUT, 2))
     correction = gl.convert_layout(correction, gl.SliceLayout(1, O_LAYOUT))
-    rings.v.wait(i)
-    acc = acc * correction[:, None]  # behind the wait, so that it stays behind the issue of Q K^T
+    # behind the wait for V, so that it stays behind the issue of Q K^T
+    acc = acc * correction[:, None]
     return warpgroup_mma(p, v_tile, acc, is_async=True)
+
+
+@gluon.jit
+def all_done(products):
+    """The tuple of products, when none is in flight any more."""
+    if len(products) == 1:
+        return (warpgroup_mma_wait(0, deps=[products[0]]),)
+    else:
+        a, b = warpgroup_mma_wait(0, deps=[products[0], products[1]])
+        return (a, b)
 
 
 @gluon.jit
@@ -296,7 +317,7 @@ def attend_step(
     softmax,
     pairs,
     correction,
-    q_tile,
+    q_load,
     call,
     row,
     rings,
@@ -308,20 +329,50 @@ def attend_step(
     rings.k.wait(i)
     if call.HAS_TURNS:
         wait_turn(WARPGROUP)
-    s = score_product(rings, q_tile, i, S_LAYOUT)
+    s = score_product(rings, q_load, i, S_LAYOUT)
     acc = output_product(rings, pairs, correction, acc, i - 1)
     if call.HAS_TURNS:
         pass_turn(WARPGROUP)
-    s = warpgroup_mma_wait(1, deps=[s])
+    s = warpgroup_mma_wait(len(acc), deps=[s])
     rings.k.release(i)
     s, factor = scores(call, row, kv_start, s)
     if IS_MASKED:
         s = shown(call, row, kv_start, s)
     softmax, p, correction = softmax.add(s, factor, IS_MASKED or call.SCORE is not None)
-    acc = warpgroup_mma_wait(0, deps=[acc])
+    acc = all_done(acc)
     rings.v.release(i - 1)
-    pairs = pack_pairs(p, q_tile.dtype)  # only now are the registers of the previous P free: else C7513
+    pairs = pack_pairs(p, call.q[0].dtype)  # only now are the registers of the previous P free: else C7513
     return acc, softmax, pairs, correction
+
+
+@gluon.jit
+def empty_outputs(out):
+    """Of each chunk of out: [ROWS, columns] f32 0."""
+    acc = ()
+    for c in gl.static_range(len(out)):
+        acc += (empty_output(out[c].block_type.shape[3]),)
+    return acc
+
+
+@gluon.jit
+def empty_output(COLUMNS: gl.constexpr):
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    return gl.zeros([ROWS, COLUMNS], gl.float32, O_LAYOUT)
+
+
+@gluon.jit
+def store_chunk(out, rings, acc, factor, row, column, C: gl.constexpr, WARPGROUP: gl.constexpr):
+    """acc * factor [:, None], which is chunk C of out, from column `column` on."""
+    O_LAYOUT: gl.constexpr = acc.type.layout
+    if rings.out is None:
+        # Q has been read
+        staged = rings.q.tiles[C].index(WARPGROUP)._reinterpret(out.dtype, out.block_type.shape, out.layout)
+    else:
+        staged = rings.out[C].index(WARPGROUP)
+    factor = gl.convert_layout(factor, gl.SliceLayout(1, O_LAYOUT))
+    staged.reshape([ROWS, acc.shape[1]]).store((acc * factor[:, None]).to(out.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(out, [row.b, row.h, row.q_start, column], staged)
 
 
 @gluon.jit
@@ -352,16 +403,13 @@ def attend_row(call, rings, row, n, first, WARPGROUP: gl.constexpr):
 
     Of a persistent program: the number of its next row, that row, and the number of its first tile.
     """
-    DV: gl.constexpr = call.out.block_type.shape[3]
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, call.BLOCK_KV, 16])
-    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
     MAY_HIDE: gl.constexpr = call.MASK is not None or not call.IS_EVEN_KV
     num_masked = row.num_masked
     num_steps = num_masked + row.num_full
     q_load = n * (call.BLOCK_Q // ROWS) + WARPGROUP
-    q_tile = rings.q.tile(q_load)
 
-    acc = gl.zeros([ROWS, DV], gl.float32, O_LAYOUT)
+    acc = empty_outputs(call.out)
     softmax = OnlineSoftmax.create(ROWS, S_LAYOUT)
     rings.q.wait(q_load)
     if num_steps > 0:
@@ -369,7 +417,7 @@ def attend_row(call, rings, row, n, first, WARPGROUP: gl.constexpr):
         rings.k.wait(first)
         if call.HAS_TURNS:
             wait_turn(WARPGROUP)
-        s = score_product(rings, q_tile, first, S_LAYOUT)
+        s = score_product(rings, q_load, first, S_LAYOUT)
         if call.HAS_TURNS:
             pass_turn(WARPGROUP)
         s = warpgroup_mma_wait(0, deps=[s])
@@ -381,7 +429,7 @@ def attend_row(call, rings, row, n, first, WARPGROUP: gl.constexpr):
         if MAY_HIDE and num_masked > 0:
             s = shown(call, row, kv_start, s)
         softmax, p, correction = softmax.add(s, factor, MAY_HIDE or call.SCORE is not None)
-        pairs = pack_pairs(p, q_tile.dtype)
+        pairs = pack_pairs(p, call.q[0].dtype)
 
         if MAY_HIDE:
             masked = masked.after(0)
@@ -390,7 +438,7 @@ def attend_row(call, rings, row, n, first, WARPGROUP: gl.constexpr):
                 kv_start = masked.kv_start(step)
                 masked = masked.after(step)
                 acc, softmax, pairs, correction = attend_step(
-                    i, kv_start, acc, softmax, pairs, correction, q_tile, call, row, rings, True, WARPGROUP
+                    i, kv_start, acc, softmax, pairs, correction, q_load, call, row, rings, True, WARPGROUP
                 )
         if num_masked == 0:
             full = full.after(0)
@@ -399,12 +447,12 @@ def attend_row(call, rings, row, n, first, WARPGROUP: gl.constexpr):
             kv_start = full.kv_start(step - num_masked)
             full = full.after(step - num_masked)
             acc, softmax, pairs, correction = attend_step(
-                i, kv_start, acc, softmax, pairs, correction, q_tile, call, row, rings, False, WARPGROUP
+                i, kv_start, acc, softmax, pairs, correction, q_load, call, row, rings, False, WARPGROUP
             )
         if rings.queue is not None:
             rings.q.release(q_load)
         acc = output_product(rings, pairs, correction, acc, first + num_steps - 1)
-        acc = warpgroup_mma_wait(0, deps=[acc])
+        acc = all_done(acc)
         if rings.queue is not None:
             rings.v.release(first + num_steps - 1)
     else:
@@ -421,17 +469,13 @@ def attend_row(call, rings, row, n, first, WARPGROUP: gl.constexpr):
     rows = row.q_start + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S_LAYOUT))
     head = row.b.to(gl.int64) * call.Hq + row.h
     gl.store(call.lse_pointer + head * call.Sq + rows, lse, mask=rows < call.Sq)
-    inverse = gl.convert_layout(1.0 / row_sum, gl.SliceLayout(1, O_LAYOUT))
     if rings.queue is not None:
         tma.store_wait(0)  # the last row has left its place
-    if rings.out is None:
-        place = rings.q.tiles.index(WARPGROUP)  # it has been read
-        staged = place._reinterpret(call.out.dtype, call.out.block_type.shape, call.out.layout)
-    else:
-        staged = rings.out.index(WARPGROUP)
-    staged.reshape([ROWS, DV]).store((acc * inverse[:, None]).to(call.out.dtype))
-    fence_async_shared()
-    tma.async_copy_shared_to_global(call.out, [row.b, row.h, row.q_start, 0], staged)
+    inverse = 1.0 / row_sum
+    column = 0
+    for c in gl.static_range(len(call.out)):
+        store_chunk(call.out[c], rings, acc[c], inverse, row, column, c, WARPGROUP)
+        column += call.out[c].block_type.shape[3]
     if rings.queue is None:
         tma.store_wait(0)
         return
@@ -439,12 +483,31 @@ def attend_row(call, rings, row, n, first, WARPGROUP: gl.constexpr):
         return number, next_row, first + num_steps
 
 
+@gluon.jit
+def chunks_of(first, rest):
+    """The descriptors of a tensor as a tuple."""
+    if rest is None:
+        return (first,)
+    else:
+        return (first, rest)
+
+
+@gluon.constexpr_function
+def fits(out, q):
+    """Each chunk of out has its place in that of q."""
+    return len(out) <= len(q) and all(a.block_type.nbytes <= b.block_type.nbytes for a, b in zip(out, q, strict=False))
+
+
 @gluon.jit(do_not_specialize=["num_words", "num_rows", "num_heads", "heads_together", "Hq", "Sq", "Skv"])
 def hopper_forward_kernel(
-    q,  # descriptors: [B, Hq, Sq, D] in blocks of ROWS
+    q,  # descriptors: [B, Hq, Sq, D] in blocks of ROWS and as many columns as the first chunk has
+    q_rest,  # and the second one, or None
     k,  # [B, Hkv, Skv, D] in blocks of BLOCK_KV
+    k_rest,
     v,  # [B, Hkv, Skv, DV] in blocks of BLOCK_KV
+    v_rest,
     out,  # [B, Hq, Sq, DV] in blocks of ROWS
+    out_rest,
     lse_pointer,  # [B, Hq, Sq] f32, contiguous
     counter,  # of a persistent kernel: [2] int32, 0 before and after
     walk,  # (words, rows) of blocks/walk.py, or None: every row visits every key
@@ -475,11 +538,13 @@ def hopper_forward_kernel(
     A persistent one goes on with further tiles: numbers from the grid's size on, which programs draw from counter.
     """
     NUM_CONSUMERS: gl.constexpr = BLOCK_Q // ROWS
-    D: gl.constexpr = q.block_type.shape[3]
-    DV: gl.constexpr = out.block_type.shape[3]
+    q = chunks_of(q, q_rest)
+    k = chunks_of(k, k_rest)
+    v = chunks_of(v, v_rest)
+    out = chunks_of(out, out_rest)
     staged = None
-    if DV > D or counter is not None:
-        staged = gl.allocate_shared_memory(out.dtype, [NUM_CONSUMERS, 1, 1, ROWS, DV], out.layout)
+    if counter is not None or not fits(out, q):
+        staged = allocate_tiles(out, NUM_CONSUMERS)
     queue = None
     if counter is not None:
         queue = RowQueue.create(NUM_CONSUMERS)
