@@ -21,9 +21,9 @@ from anymask.kernels.record import record
 from anymask.kernels.tile import (
     LN_2,
     LOG2_E,
-    changed_score,
     hidden,
     map_of,
+    natural_score,
     next_tile,
     open_row,
     ranked_row,
@@ -247,13 +247,16 @@ def indices(row, kv_start, s):
 
 @gluon.jit
 def scores(call, row, kv_start, s):
-    """s = q k^T as scores of base 2 but for a factor > 0, which is the second result."""
+    """s = q k^T as scores of base 2 but for a factor > 0, which is the second result.
+
+    So exp2's multiply-add applies the factor.
+    """
     if call.SCORE is None:
         return s, call.scale * LOG2_E
     else:
         q_idx, kv_idx = indices(row, kv_start, s)
-        s = changed_score(s, row.b, row.h, q_idx, kv_idx, call.scale, call.bindings, call.SCORE)
-        return s, gl.to_tensor(1.0)
+        s = natural_score(s, row.b, row.h, q_idx, kv_idx, call.scale, call.bindings, call.SCORE)
+        return s, gl.to_tensor(LOG2_E)
 
 
 @gluon.jit
