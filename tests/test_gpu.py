@@ -55,6 +55,66 @@ def test_sizes_on_hopper(S: tuple[int, int], D: int, Dv: int) -> None:
 
 
 @hopper
+@pytest.mark.parametrize("D, Dv", [(8, 8), (16, 40), (48, 32), (72, 72), (96, 96), (112, 80), (160, 160)], ids=str)
+def test_head_dims_on_hopper(D: int, Dv: int) -> None:
+    for mask in (None, causal()):
+        run("gluon", mask, None, (2, 4, 2, 300, 270, D, Dv), torch.bfloat16, "cuda", 128)
+
+
+@hopper
+@pytest.mark.parametrize("D, Dv", [(192, 128), (192, 192), (256, 256), (256, 24), (32, 256)], ids=str)
+def test_big_head_dims_on_hopper(D: int, Dv: int) -> None:
+    for mask in (None, causal()):
+        run("gluon", mask, None, (2, 4, 2, 300, 270, D, Dv), torch.float16, "cuda", 128)
+
+
+@hopper
+@pytest.mark.parametrize("mask", [None, causal(), sliding_window(100, 30)], ids=["unmasked", "causal", "window"])
+@pytest.mark.parametrize("D, options", [(128, {}), (64, {}), (64, {"BLOCK_Q": 192, "has_turns": False})], ids=str)
+def test_a_persistent_forward_gives_the_same_bits(D: int, options: dict[str, Any], mask: Any) -> None:
+    for sizes in ((1, 1, 1, 1, 1), (8, 16, 4, 500, 700), (3, 40, 40, 1024, 1024), (2000, 1, 1, 130, 5)):
+        q, k, v, *_ = inputs(*sizes, D, D, torch.bfloat16, "cuda")
+        blocks = block_map(mask, *sizes[:2], *sizes[3:], device="cuda", tile=64)
+        options = {"BLOCK_Q": 128, "has_turns": True} | options
+        results = [
+            attention(q, k, v, block_map=blocks, return_lse=True, backend="gluon", config={"forward": chosen})
+            for chosen in (options, *[options | {"is_persistent": True}] * 3)
+        ]
+        assert all(torch.equal(a, b) for result in results[1:] for a, b in zip(results[0], result, strict=True))
+
+
+@hopper
+def test_persistent_forwards_beside_each_other_and_in_a_graph() -> None:
+    q, k, v, *_ = inputs(2, 16, 16, 2048, 2048, 128, 128, torch.bfloat16, "cuda")
+    config = {"forward": {"is_persistent": True}}
+
+    def step() -> Tensor:
+        return attention(q, k, v, mask=causal(), backend="gluon", config=config)
+
+    expected = attention(q, k, v, mask=causal(), backend="gluon")
+    step()
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    torch.cuda.synchronize()
+    outs = []
+    for i in range(30):
+        with torch.cuda.stream(streams[i % 3]):
+            outs.append(step())
+    torch.cuda.synchronize()
+    assert all(torch.equal(out, expected) for out in outs)
+    graphs = [torch.cuda.CUDAGraph() for _ in range(2)]
+    captured = []
+    for graph in graphs:
+        with torch.cuda.graph(graph):
+            captured.append(step())
+    for _ in range(10):
+        for graph, stream in zip(graphs, streams, strict=False):
+            with torch.cuda.stream(stream):
+                graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(out, expected) for out in captured)
+
+
+@hopper
 def test_what_tma_does_not_take_goes_to_triton() -> None:
     from anymask import UnsupportedError
 

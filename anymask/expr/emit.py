@@ -102,8 +102,11 @@ def lines_of(
             elif len(axes(node)) == 2:
                 hidden = [arg.op is Op.INDEX and arg in opaque for arg in node.args]
                 args = [f"opaque_{arg}" if is_hidden else arg for arg, is_hidden in zip(args, hidden, strict=True)]
+            rule = _rule(node, bounds)
+            if is_ptx and overhang is not None:
+                rule = HOPPER_TEMPLATES.get(node.op, rule)
             bound = _row_bound(node, names) if has_near else None
-            lines.append(f"{target} = {bound or _rule(node, bounds).format(*args, type=TYPES[node.dtype])}")
+            lines.append(f"{target} = {bound or rule.format(*args, type=TYPES[node.dtype])}")
         if node in opaque:
             lines.append(f"{target} = opaque({target})")
         names[node] = target
@@ -219,6 +222,9 @@ BOOL_TEMPLATES: dict[Op, str] = {
     Op.MUL: "{0} & {1}",
     Op.ADD: "{0} | {1}",
 }
+
+# Where the reader is the Hopper forward.
+HOPPER_TEMPLATES: dict[Op, str] = {Op.TANH: "reciprocal_tanh({0})"}
 
 FLOAT_TEMPLATES: dict[Op, str] = {
     Op.FLOORDIV: "tl.floor({0} / {1})",

@@ -23,20 +23,22 @@ class HopperConfig:
     """Tiles of the Hopper forward: 64 queries for each consumer warpgroup. num_stages: tiles of keys in shared memory.
 
     has_turns: two consumers issue their products in turns, so that one's softmax overlaps the other's products.
+    is_persistent: a program for each multiprocessor, which takes one tile of queries after the other.
     """
 
     BLOCK_Q: int
     BLOCK_KV: int
     num_stages: int
     has_turns: bool
+    is_persistent: bool = False
 
     @property
     def num_consumers(self) -> int:
         return self.BLOCK_Q // 64
 
     def __str__(self) -> str:
-        turns = ", in turns" if self.has_turns else ""
-        return f"{self.BLOCK_Q}x{self.BLOCK_KV}, {self.num_consumers} warpgroups{turns}, {self.num_stages} stages"
+        ways = ", in turns" * self.has_turns + ", persistent" * self.is_persistent
+        return f"{self.BLOCK_Q}x{self.BLOCK_KV}, {self.num_consumers} warpgroups{ways}, {self.num_stages} stages"
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,7 @@ class HopperRow:
     forward: HopperConfig
     min_Sq: int = 0
     is_light: bool = False  # only for masks of indices alone, without a score function
+    max_Dv: int = 256
 
 
 # H200, bf16, 16,384 tokens in all, 2026-11-22. Numbers are TFLOP/s: no mask / causal.
@@ -161,16 +164,20 @@ HOPPER_ROWS = (
     # S 16384 645 / 629, 2048 605 / 505, 512 424 / 251; without turns 621 / 617; the portable one 455 / 438, 428 / 386,
     # 341 / 219
     HopperRow(128, HopperConfig(128, 128, 2, True)),
+    # not measured
+    HopperRow(192, HopperConfig(128, 128, 2, True), max_Dv=128),
+    HopperRow(192, HopperConfig(128, 64, 3, True)),
+    HopperRow(256, HopperConfig(128, 64, 2, True)),
 )
 
 
-def hopper_config(D: int, Sq: int, tile_q: int, is_light: bool) -> HopperConfig | None:
-    """The forward's for D = max(D, Dv) and maps with tiles of tile_q queries; None where the portable one is faster."""
-    max_D = min(row.max_D for row in HOPPER_ROWS if row.max_D >= D)
+def hopper_config(D: int, Dv: int, Sq: int, tile_q: int, is_light: bool) -> HopperConfig | None:
+    """The forward's for maps with tiles of tile_q queries; None where the portable one is faster."""
+    max_D = min(row.max_D for row in HOPPER_ROWS if row.max_D >= max(D, Dv))
     for row in HOPPER_ROWS:
         BLOCK_Q = row.forward.BLOCK_Q
         fits = max(BLOCK_Q, tile_q) % min(BLOCK_Q, tile_q) == 0
-        if row.max_D == max_D and row.min_Sq <= Sq and row.is_light <= is_light and fits:
+        if row.max_D == max_D and row.min_Sq <= Sq and row.is_light <= is_light and row.max_Dv >= Dv and fits:
             return row.forward
     return None
 

@@ -98,6 +98,18 @@ def tanh(x):
 
 
 @triton.jit
+def reciprocal_tanh(x):
+    """tanh(x) likewise, with the GPU's reciprocal instead of a division. NVIDIA only.
+
+    Not by its own tanh, whose relative error of 2^-11 is up to 4 times that of plain torch's lse in bfloat16.
+    """
+    y = tl.exp2(x * 2.8853900817779268) + 1
+    return 1 - 2 * tl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [y], tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
 def log1p(x):
     """log(1 + x), accurate for tiny x: log(u) x / (u - 1) with u = 1 + x undoes the rounding of u (Kahan)."""
     u = 1 + x

@@ -11,25 +11,43 @@ begin_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_gl
 begin_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 
 
+@gluon.jit
+def allocate_tiles(chunks, STAGES: gl.constexpr):
+    """Of each chunk shared memory for STAGES blocks of its descriptor."""
+    tiles = ()
+    for c in gl.static_range(len(chunks)):
+        tiles += (gl.allocate_shared_memory(chunks[c].dtype, stages_of(chunks[c], STAGES), chunks[c].layout),)
+    return tiles
+
+
+@gluon.constexpr_function
+def stages_of(chunk, STAGES):
+    return [STAGES, *chunk.block_type.shape]
+
+
+@gluon.constexpr_function
+def bytes_of(chunks):
+    return sum(chunk.block_type.nbytes for chunk in chunks)
+
+
 @record
 class Ring:
     """Tiles in shared memory that one producer fills by TMA and consumers read, load after load.
 
     Load i lies in stage i % STAGES. Barrier full of a stage: its load has come. empty: all consumers are done with it.
     A fresh barrier lets the wait for the phase before its first pass, so the first STAGES loads wait for nobody.
+    A tile is in chunks of columns, side by side, each with a descriptor of the tensor: D = 96 as 64 + 32.
     """
 
-    tiles: gl.shared_memory_descriptor  # [STAGES, 1, 1, BLOCK, D]
+    tiles: gl.tuple  # of each chunk: [STAGES, 1, 1, BLOCK, columns]
     full: gl.shared_memory_descriptor  # [STAGES, 1]
     empty: gl.shared_memory_descriptor  # [STAGES, 1]
     STAGES: gl.constexpr
 
     @gluon.jit
-    def create(tensor, STAGES: gl.constexpr, NUM_CONSUMERS: gl.constexpr):
-        """An empty ring for tiles of the descriptor `tensor`."""
-        BLOCK: gl.constexpr = tensor.block_type.shape[2]
-        D: gl.constexpr = tensor.block_type.shape[3]
-        tiles = gl.allocate_shared_memory(tensor.dtype, [STAGES, 1, 1, BLOCK, D], tensor.layout)
+    def create(chunks, STAGES: gl.constexpr, NUM_CONSUMERS: gl.constexpr):
+        """An empty ring for tiles of the descriptors `chunks`."""
+        tiles = allocate_tiles(chunks, STAGES)
         full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         for stage in gl.static_range(STAGES):
@@ -38,13 +56,17 @@ class Ring:
         return Ring(tiles, full, empty, STAGES)
 
     @gluon.jit
-    def load(self, i, tensor, b, h, start):
+    def load(self, i, chunks, b, h, start):
         """Load i: rows start .. start + BLOCK of head h of batch b, zeros where the tensor ends."""
+        NUM_BYTES: gl.constexpr = bytes_of(chunks)
         stage = i % self.STAGES
         full = self.full.index(stage)
         mbarrier.wait(self.empty.index(stage), (i // self.STAGES & 1) ^ 1)
-        mbarrier.expect(full, tensor.block_type.nbytes)
-        begin_load(tensor, [b, h, start, 0], full, self.tiles.index(stage))
+        mbarrier.expect(full, NUM_BYTES)
+        column = 0
+        for c in gl.static_range(len(chunks)):
+            begin_load(chunks[c], [b, h, start, column], full, self.tiles[c].index(stage))
+            column += chunks[c].block_type.shape[3]
 
     @gluon.jit
     def wait(self, i):
@@ -52,14 +74,53 @@ class Ring:
         mbarrier.wait(self.full.index(i % self.STAGES), i // self.STAGES & 1)
 
     @gluon.jit
-    def tile(self, i):
-        """[BLOCK, D] of load i."""
-        return self.tiles.index(i % self.STAGES).reshape([self.tiles.shape[3], self.tiles.shape[4]])
+    def tile(self, i, C: gl.constexpr):
+        """[BLOCK, columns] of chunk C of load i."""
+        tiles = self.tiles[C]
+        return tiles.index(i % self.STAGES).reshape([tiles.shape[3], tiles.shape[4]])
 
     @gluon.jit
     def release(self, i):
         """This consumer is done with load i."""
         mbarrier.arrive(self.empty.index(i % self.STAGES), count=1)
+
+
+@record
+class RowQueue:
+    """Numbers of rows that the producer of a persistent program draws and its consumers read, one after the other."""
+
+    numbers: gl.shared_memory_descriptor  # [2, 1] int32
+    full: gl.shared_memory_descriptor  # [2, 1]
+    empty: gl.shared_memory_descriptor  # [2, 1]
+
+    @gluon.jit
+    def create(NUM_CONSUMERS: gl.constexpr):
+        numbers = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        for slot in gl.static_range(2):
+            mbarrier.init(full.index(slot), count=1)
+            mbarrier.init(empty.index(slot), count=NUM_CONSUMERS)
+        return RowQueue(numbers, full, empty)
+
+    @gluon.jit
+    def put(self, n, number):
+        """The n-th number, when all consumers have taken the one before the last."""
+        slot = n % 2
+        mbarrier.wait(self.empty.index(slot), (n // 2 & 1) ^ 1)
+        of_one_warp: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+        self.numbers.index(slot).store(gl.full([1], number, gl.int32, of_one_warp))
+        mbarrier.arrive(self.full.index(slot), count=1)
+
+    @gluon.jit
+    def take(self, n):
+        """The n-th number, as soon as it is there."""
+        slot = n % 2
+        mbarrier.wait(self.full.index(slot), n // 2 & 1)
+        of_a_warpgroup: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+        number = gl.max(self.numbers.index(slot).load(of_a_warpgroup), 0)
+        mbarrier.arrive(self.empty.index(slot), count=1)
+        return number
 
 
 # --- turns: two warpgroups issue their products one after the other, so that one's softmax overlaps the other's

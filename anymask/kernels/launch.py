@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import threading
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from anymask.expr.mods import Mods
 from anymask.kernels.configs import Config, HopperConfig
 from anymask.kernels.jit import jitted
 from anymask.kernels.plan import KERNELS, Plan, Shape, padded, walk_shapes
-from anymask.kernels.recipe import TENSOR, Layout, Recipe
+from anymask.kernels.recipe import TENSOR, Layout, Recipe, current_stream
 from anymask.kernels.triton_bwd import dkdv_kernel, dq_kernel
 from anymask.kernels.triton_fwd import forward_kernel
 from anymask.kernels.triton_map import classify_kernel
@@ -69,6 +70,11 @@ class Likeness:
         return 0 in (*self.q.shape, self.k.shape[2])
 
     @functools.cached_property
+    def is_persistent(self) -> bool:
+        """The forward's programs draw their work from a counter."""
+        return isinstance(self.plan.forward, HopperConfig) and self.plan.forward.is_persistent
+
+    @functools.cached_property
     def out(self) -> Layout:
         shape, Dv = self.q.shape, self.v.shape[3]
         return self.q._replace(shape=(*shape[:3], Dv), strides=dense_strides(shape, self.q.strides, Dv))
@@ -102,7 +108,8 @@ class Prepared(NamedTuple):
         lse = torch.empty_strided(*alike.lse, dtype=torch.float32, device=q.device)
         if alike.is_nothing:
             return out.zero_(), lse.fill_(float("-inf"))
-        _forward_recipe(alike)(q, k, v, out, lse, *(self.walks[0] or ()), *_readable(captures))
+        counter = (counter_of(q.device),) if alike.is_persistent else ()
+        _forward_recipe(alike)(q, k, v, out, lse, *counter, *(self.walks[0] or ()), *_readable(captures))
         return out, lse
 
     def backward(
@@ -137,6 +144,21 @@ class Prepared(NamedTuple):
         dq_recipe(q, k, v, out, dout, lse, *given, dq, rows, *(lines or ()), *captures)
         dkdv_recipe(q, k, v, dout, dk, dv, rows, *(columns or ()), *captures)
         return dq, dk, dv
+
+
+def counter_of(device: torch.device) -> Tensor:
+    """[2] int32, 0, which no kernel uses that runs beside the next one launched; persistent kernels leave it 0.
+
+    Kernels of one stream run one after the other. A graph may be replayed on any stream: its kernels have their own.
+    """
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(2, dtype=torch.int32, device=device)
+    return _counter(device, current_stream(device), threading.get_ident())
+
+
+@functools.cache
+def _counter(device: torch.device, stream: int, thread: int) -> Tensor:
+    return torch.zeros(2, dtype=torch.int32, device=device)
 
 
 def prepare(
@@ -184,7 +206,7 @@ def backward(
 
 @functools.lru_cache(maxsize=1024)
 def _forward_recipe(alike: Likeness) -> Recipe:
-    """For q, k, v, out, lse, the walk's tensors, captured ones."""
+    """For q, k, v, out, lse, a counter if it is persistent, the walk's tensors, captured ones."""
     plan, scale = alike.plan, alike.scale
     B, Hq, Sq, D = alike.q.shape
     Hkv, Skv, Dv = alike.v.shape[1:]

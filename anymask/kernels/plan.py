@@ -102,6 +102,8 @@ def choose(
     if backend == "gluon" and why_no_gluon:
         raise UnsupportedError(f"backend='gluon' cannot run this: {why_no_gluon}. backend='triton' can")
     if backend is None:
+        if problem.D not in HOPPER_DIMS or problem.Dv not in HOPPER_DIMS:
+            why_no_gluon = why_no_gluon or f"it has not been measured with D {problem.D} and Dv {problem.Dv}"
         if min(tile) < 64:
             why_no_gluon = why_no_gluon or f"the map's tiles of {tile[0]} x {tile[1]} are for smaller ones than its"
         if config and "forward" in config:
@@ -113,7 +115,7 @@ def choose(
         Sq = problem.Sq if backend is None else 1 << 62
         # a mask of indices alone leaves the registers that three consumers need
         is_light = not (mods.is_ragged or mods.has_score)
-        hopper = hopper_config(max(problem.D, problem.Dv), Sq, tile[0], is_light)
+        hopper = hopper_config(problem.D, problem.Dv, Sq, tile[0], is_light)
         if hopper is None:
             why_no_gluon = f"the portable one is faster for {Sq} queries of head dim {problem.D}"
     if backend is None:
@@ -281,7 +283,7 @@ def _obstacle(problem: Problem, tile: tuple[int, int], arch: str) -> str | None:
     return None
 
 
-HOPPER_DIMS = (64, 128)
+HOPPER_DIMS = (64, 128)  # that have been measured
 GLUON_VERSIONS = ("3.6",)  # of Triton, whose Gluon the kernels are written in and compiled with
 
 
@@ -303,8 +305,8 @@ def _gluon_obstacle(D: int, Dv: int, dtype: torch.dtype, arch: str, triton_versi
         return f"Gluon kernels are for sm_90, not {arch}"
     if dtype.itemsize != 2:
         return f"Gluon kernels compute in float16 and bfloat16, not in {dtype}"
-    if D not in HOPPER_DIMS or Dv not in HOPPER_DIMS:
-        return f"Gluon kernels take D and Dv of {' and '.join(map(str, HOPPER_DIMS))}, not {D} and {Dv}"
+    if max(D, Dv) > 256:
+        return f"Gluon kernels take D and Dv up to 256, not {D} and {Dv}"
     if ".".join(triton_version.split(".")[:2]) not in GLUON_VERSIONS:
         return f"Gluon kernels are for Triton {', '.join(GLUON_VERSIONS)}, not {triton_version or 'none'}"
     return None
@@ -331,9 +333,21 @@ def _stride_obstacle(shape: tuple[int, ...], strides: tuple[int, ...], itemsize:
     return None
 
 
+def chunks(D: int) -> tuple[int, ...]:
+    """Columns of the products that the Hopper forward makes of a head dim: one power of two, or two if that is less."""
+    first = 1 << (D.bit_length() - 1)
+    rest = padded(D - first) if first < D else 0
+    return (first, rest) if first >= 16 and 0 < rest < first else (padded(D),)
+
+
 def hopper_shared_memory(config: HopperConfig, D: int, Dv: int) -> int:
-    """Bytes of shared memory that the Hopper forward needs at most: Q, out where it does not fit in Q's place, K, V."""
-    staged = D + (Dv if Dv != D else 0)
+    """Bytes of shared memory that the Hopper forward needs at most: Q, out where it does not fit in Q's place, K, V.
+
+    A persistent one has the next row's Q and the last row's out.
+    """
+    of_q, of_out = chunks(D), chunks(Dv)
+    D, Dv = sum(of_q), sum(of_out)
+    staged = 2 * D + Dv if config.is_persistent else D + (Dv if of_out != of_q else 0)
     return 2 * (config.BLOCK_Q * staged + config.num_stages * config.BLOCK_KV * (D + Dv)) + 1024
 
 
@@ -343,7 +357,8 @@ def _override_hopper(default: HopperConfig, wanted: Any, tile: tuple[int, int], 
         config = wanted if isinstance(wanted, HopperConfig) else replace(default, **wanted)
     except TypeError:
         raise UnsupportedError(
-            f"config['forward'] = {wanted} should name BLOCK_Q, BLOCK_KV, num_stages or has_turns of the Gluon forward"
+            f"config['forward'] = {wanted} should name BLOCK_Q, BLOCK_KV, num_stages, has_turns or is_persistent of "
+            "the Gluon forward"
         ) from None
     if config.BLOCK_Q not in (128, 192) or config.BLOCK_KV not in (64, 128) or config.num_stages < 1:
         raise UnsupportedError(

@@ -40,12 +40,16 @@ class Layout(NamedTuple):
 
 @dataclass(frozen=True)
 class Descriptor:
-    """Stands for a TMA descriptor of a tensor, as TENSOR does for the tensor itself."""
+    """Stands for a TMA descriptor of a tensor, as TENSOR does for the tensor itself.
+
+    is_again: of the same tensor as the argument before it.
+    """
 
     shape: list[int]
     strides: list[int]
     block_shape: list[int]
     layout: Any
+    is_again: bool = False
 
     def of(self, tensor: Tensor) -> Any:
         """The descriptor that Triton takes."""
@@ -111,15 +115,21 @@ def _filler(arguments: tuple[Any, ...], describe: str = "of") -> Any:
     """
     fixed: dict[str, Any] = {}
     number = itertools.count()
+    last = [0]
 
     def source(x: Any) -> str:
+        if isinstance(x, Descriptor):
+            name = f"fixed_{len(fixed)}"
+            fixed[name] = x
+            last[0] = last[0] if x.is_again else next(number)
+            return f"{name}.{describe}(tensors[{last[0]}])"
         if x is TENSOR:
             return f"tensors[{next(number)}]"
         if _holds_tensor(x):
             return f"({''.join(f'{source(part)}, ' for part in x)})"
         name = f"fixed_{len(fixed)}"
         fixed[name] = x
-        return f"{name}.{describe}(tensors[{next(number)}])" if isinstance(x, Descriptor) else name
+        return name
 
     return eval(f"lambda tensors: ({''.join(f'{source(x)}, ' for x in arguments)})", fixed)
 

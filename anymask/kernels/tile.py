@@ -199,11 +199,17 @@ def tile_at(bits, first):
 
 
 @triton.jit
-def changed_score(qk, b, h, q_idx, kv_idx, scale, bindings, SCORE: tl.constexpr):
-    """SCORE(scale * qk) in base 2, in the shape of qk."""
+def natural_score(qk, b, h, q_idx, kv_idx, scale, bindings, SCORE: tl.constexpr):
+    """SCORE(scale * qk), in the shape of qk."""
     score = SCORE(qk * scale, b, h, q_idx, kv_idx, bindings[0], bindings[1], bindings[2])
     qk, score = tl.broadcast(qk, score)
-    return score * LOG2_E
+    return score
+
+
+@triton.jit
+def changed_score(qk, b, h, q_idx, kv_idx, scale, bindings, SCORE: tl.constexpr):
+    """SCORE(scale * qk) in base 2, in the shape of qk."""
+    return natural_score(qk, b, h, q_idx, kv_idx, scale, bindings, SCORE) * LOG2_E
 
 
 @triton.jit

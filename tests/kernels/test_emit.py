@@ -232,6 +232,12 @@ def test_distances_are_taken_near_the_tile() -> None:
     assert "near" not in emit(visible, "f", is_ptx=True) + emit(visible, "f", overhang=frozenset())
 
 
+def test_the_hopper_forward_has_a_cheaper_tanh() -> None:
+    capped = apply(Op.TANH, SCORE)
+    assert "= tanh(score)" in emit(capped, "f", is_ptx=True) + emit(capped, "f", overhang=frozenset())
+    assert "= reciprocal_tanh(score)" in emit(capped, "f", is_ptx=True, overhang=frozenset())
+
+
 @pytest.mark.parametrize("n", [0, 5, -17, 2**30, 2**31 - 1, -(2**31)])
 @pytest.mark.parametrize("op", [Op.LE, Op.LT])
 def test_a_distance_compared_with_a_number(op: Op, n: int) -> None:

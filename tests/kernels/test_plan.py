@@ -28,6 +28,7 @@ from anymask.kernels.plan import (
     Need,
     Plan,
     choose,
+    chunks,
     default_tile,
     family_of,
     hopper_shared_memory,
@@ -132,7 +133,7 @@ def test_why_says_what_was_chosen() -> None:
         ({"backend": "gluon", "arch": "sm_80"}, "for sm_90, not sm_80"),
         ({"backend": "gluon", "arch": "cpu"}, "no kernels for cpu"),
         ({"backend": "gluon", "dtype": torch.float32}, "not in torch.float32"),
-        ({"backend": "gluon", "D": 96}, "not 96 and 96"),
+        ({"backend": "gluon", "D": 264}, "up to 256, not 264 and 264"),
         ({"backend": "gluon", "tma_obstacle": "q is odd"}, "q is odd. backend='triton' can"),
         ({"backend": "gluon", "config": {"forward": {"num_warps": 4}}}, "has_turns"),
         ({"backend": "gluon", "config": {"forward": {"BLOCK_Q": 64}}}, "BLOCK_Q 128 or 192"),
@@ -206,7 +207,7 @@ def test_gluon_refusals_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
         return plan.why
 
     assert "no gluon forward: v begins at an odd place" in why(tma_obstacle="v begins at an odd place")
-    assert "not 72 and 72" in why(D=72)
+    assert "not been measured with D 72 and Dv 72" in why(D=72)
     for version, words in (("3.5.1", "not 3.5.1"), ("3.9.0", "Triton 3.6, not 3.9.0"), ("", "not none")):
         monkeypatch.setattr(plan_module, "_triton_version", lambda version=version: version)
         assert words in why()
@@ -218,6 +219,10 @@ def test_hopper_config_is_obeyed() -> None:
     plan = choose(problem(64), NONE, (64, 64), arch="sm_90", backend="gluon", config={"forward": wanted})
     assert plan.forward == HopperConfig(192, 128, 2, False) and "config= sets forward 192x128" in plan.why
     assert walk_shapes(plan, (64, 64))[0] == ((192, 128), False)
+    wanted = {"is_persistent": True}
+    plan = choose(problem(128), NONE, (64, 64), arch="sm_90", backend="gluon", config={"forward": wanted})
+    assert plan.forward == HopperConfig(128, 128, 2, True, True) and "in turns, persistent" in plan.why
+    assert not choose(problem(128), NONE, (64, 64), arch="sm_90").forward.is_persistent
 
 
 def test_the_faster_forward_is_taken() -> None:
@@ -232,8 +237,17 @@ def test_the_faster_forward_is_taken() -> None:
     assert plan(regular, 4096, 64, tile=128).forward.BLOCK_Q == 128  # 192 is no multiple of the map's tile
 
 
+def test_head_dims_are_short_sums_of_powers_of_two() -> None:
+    sums = {8: (16,), 16: (16,), 24: (32,), 48: (32, 16), 64: (64,), 72: (64, 16), 80: (64, 16), 96: (64, 32)}
+    sums |= {112: (128,), 128: (128,), 160: (128, 32), 192: (128, 64), 200: (256,), 256: (256,)}
+    assert {D: chunks(D) for D in sums} == sums
+    for D in range(8, 257, 8):
+        assert D <= sum(chunks(D)) <= padded(D) and all(n & (n - 1) == 0 and n >= 16 for n in chunks(D))
+
+
 def test_hopper_rows_fit() -> None:
-    for D, Dv in itertools.product(plan_module.HOPPER_DIMS, plan_module.HOPPER_DIMS):
+    dims = (8, 16, 32, 48, 64, 72, 96, 112, 128, 160, 192, 200, 256)
+    for D, Dv in itertools.product(dims, dims):
         config = choose(problem(D, Dv), NONE, (64, 64), arch="sm_90", backend="gluon").forward
         assert isinstance(config, HopperConfig)
         assert hopper_shared_memory(config, D, Dv) <= SHARED_LIMITS["sm_90"]
