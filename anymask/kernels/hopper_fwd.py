@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from anymask.kernels.functions import near
-from anymask.kernels.hopper_pipeline import Ring, RowQueue, allocate_tiles, begin_store, pass_turn, wait_turn
+from anymask.kernels.hopper_pipeline import Ring, RowQueue, allocate_tiles, begin_store, pass_turn, seen_as, wait_turn
 from anymask.kernels.hopper_softmax import OnlineSoftmax, pack_pairs, unpack_pairs
 from anymask.kernels.record import record
 from anymask.kernels.tile import (
@@ -369,7 +369,7 @@ def store_chunk(out, rings, acc, factor, row, column, C: gl.constexpr, WARPGROUP
     O_LAYOUT: gl.constexpr = acc.type.layout
     if rings.out is None:
         # Q has been read
-        staged = rings.q.tiles[C].index(WARPGROUP)
+        staged = seen_as(rings.q.tiles[C].index(WARPGROUP), out)
     else:
         staged = rings.out[C].index(WARPGROUP)
     factor = gl.convert_layout(factor, gl.SliceLayout(1, O_LAYOUT))
@@ -498,7 +498,7 @@ def chunks_of(first, rest):
 @gluon.constexpr_function
 def fits(out, q):
     """Each chunk of out has its place in that of q."""
-    return [chunk.block_type.shape for chunk in out] == [chunk.block_type.shape for chunk in q]
+    return len(out) <= len(q) and all(a.block_type.nbytes <= b.block_type.nbytes for a, b in zip(out, q, strict=False))
 
 
 @gluon.jit(do_not_specialize=["num_words", "num_rows", "num_heads", "heads_together", "Hq", "Sq", "Skv"])

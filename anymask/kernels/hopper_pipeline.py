@@ -9,6 +9,16 @@ from anymask.kernels.record import record
 # Triton 3.6 has the longer names only, 3.9 the shorter ones only.
 begin_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 begin_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+IS_NAMED_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
+
+
+@gluon.jit
+def seen_as(place, chunk):
+    """Shared memory as a block of the descriptor chunk."""
+    if IS_NAMED_REINTERPRET:
+        return place.reinterpret(chunk.dtype, chunk.block_type.shape, chunk.layout)
+    else:
+        return place._reinterpret(chunk.dtype, chunk.block_type.shape, chunk.layout)
 
 
 @gluon.jit

@@ -346,8 +346,9 @@ def hopper_shared_memory(config: HopperConfig, D: int, Dv: int) -> int:
     A persistent one has the next row's Q and the last row's out.
     """
     of_q, of_out = chunks(D), chunks(Dv)
+    has_place = len(of_out) > len(of_q) or any(a > b for a, b in zip(of_out, of_q, strict=False))
     D, Dv = sum(of_q), sum(of_out)
-    staged = 2 * D + Dv if config.is_persistent else D + (Dv if of_out != of_q else 0)
+    staged = 2 * D + Dv if config.is_persistent else D + (Dv if has_place else 0)
     return 2 * (config.BLOCK_Q * staged + config.num_stages * config.BLOCK_KV * (D + Dv)) + 1024
 
 
