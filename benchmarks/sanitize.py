@@ -29,6 +29,12 @@ def main() -> None:
             q, k, v = (torch.randn(1, heads, length, 64, device="cuda", dtype=dtype) for heads, length in SIZES)
             attention(q, k, v, mask=mask, score_mod=score_mod, backend="gluon")
             attention(q, k, v, backend="gluon")
+            q, k, v = (x.repeat(150, 1, 1, 1) for x in (q, k, v))  # more rows than multiprocessors
+            attention(
+                q, k, v, mask=causal() & document(ids), backend="gluon", config={"forward": {"is_persistent": True}}
+            )
+            q, k, v = (torch.randn(1, heads, length, 72, device="cuda", dtype=dtype) for heads, length in SIZES)
+            attention(q, k, v, mask=causal(), backend="gluon")
     print("done")
 
 

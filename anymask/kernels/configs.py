@@ -165,6 +165,7 @@ HOPPER_ROWS = (
     # 341 / 219
     HopperRow(128, HopperConfig(128, 128, 2, True)),
     # not measured
+    HopperRow(160, HopperConfig(128, 128, 2, True)),
     HopperRow(192, HopperConfig(128, 128, 2, True), max_Dv=128),
     HopperRow(192, HopperConfig(128, 64, 3, True)),
     HopperRow(256, HopperConfig(128, 64, 2, True)),

@@ -334,9 +334,12 @@ def _stride_obstacle(shape: tuple[int, ...], strides: tuple[int, ...], itemsize:
 
 
 def chunks(D: int) -> tuple[int, ...]:
-    """Columns of the products that the Hopper forward makes of a head dim: one power of two, or two if that is less."""
+    """Columns of the products that the Hopper forward makes of a head dim: one power of two, or two if that is less.
+
+    The second is not below a quarter of the first: a row of HOPPER_ROWS then fits all head dims up to its own.
+    """
     first = 1 << (D.bit_length() - 1)
-    rest = padded(D - first) if first < D else 0
+    rest = max(padded(D - first), first // 4) if first < D else 0
     return (first, rest) if first >= 16 and 0 < rest < first else (padded(D),)
 
 
