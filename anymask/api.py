@@ -17,7 +17,7 @@ from anymask.blocks.block_map import EMPTY, BlockMap
 from anymask.errors import InputError
 from anymask.expr.mods import text_of
 from anymask.expr.trace import SCORE_TEXT, Trace, trace, trace_score
-from anymask.kernels.configs import Config
+from anymask.kernels.configs import Config, HopperConfig
 from anymask.kernels.plan import default_tile
 from anymask.masks import MaskFunction, from_function, mask_from
 from anymask.problem import Problem
@@ -36,7 +36,7 @@ def attention(
     return_lse: bool = False,
     deterministic: bool | None = None,
     backend: str | None = None,
-    config: Mapping[str, Config | Mapping[str, int]] | None = None,
+    config: Mapping[str, Config | HopperConfig | Mapping[str, int]] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(score_mod(q k^T * scale) where mask) v, computed only on the tiles where the mask lets something through.
 
@@ -55,8 +55,9 @@ def attention(
     deterministic: True asks for bitwise equal results run to run. All present kernels give that always.
     backend: "gluon" (the Hopper forward), "triton", "eager" or "reference" is obeyed or raises UnsupportedError; None
       chooses by device, dtype and layout.
-    config: tiles of the Triton kernels, obeyed or raises: {"forward": {"BLOCK_Q": 64, "num_warps": 4}, "dkdv": ...,
-      "dq": ...}.
+    config: tiles of the kernels, obeyed or raises: {"forward": {"BLOCK_Q": 64, "num_warps": 4}, "dkdv": ...,
+      "dq": ...}, each a Config of kernels/configs.py or some of its fields. "forward" asks for the portable kernel;
+      with backend="gluon" it takes HopperConfig's fields, for the Hopper one.
 
     Returns out [B, Hq, Sq, Dv] in q's dtype, or (out, lse). A row that sees no key has out 0, lse -inf and gradients 0.
     Raises InputError, MaskError or UnsupportedError.
@@ -206,8 +207,8 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.to(torch.get_autocast_dtype(device_type)) for tensor in tensors)
 
 
-def _config_text(config: Mapping[str, Config | Mapping[str, int]]) -> str:
-    return json.dumps({kernel: asdict(c) if isinstance(c, Config) else dict(c) for kernel, c in config.items()})
+def _config_text(config: Mapping[str, Config | HopperConfig | Mapping[str, int]]) -> str:
+    return json.dumps({kernel: dict(c) if isinstance(c, Mapping) else asdict(c) for kernel, c in config.items()})
 
 
 def _trace(mask: MaskFunction | Tensor | None, score_mod: ScoreFunction | None, device: torch.device) -> Trace:

@@ -183,7 +183,7 @@ def explain(mask: Mask, blocks: BlockMap, problem: Problem, arch: str) -> dict[s
     visited = int(((blocks.kinds != EMPTY) * pairs_of_tiles(blocks)).sum()) * shared_by
     pairs = problem.B * problem.Hq * problem.Sq * problem.Skv
     flops_a_pair = 2 * (problem.D + problem.Dv)
-    walks = _walk_bytes(blocks, plan)
+    walks = _walk_bytes(blocks, plan, mods.has_mask)
     return {
         "mask": repr(mask),
         "batch": problem.B,
@@ -224,8 +224,11 @@ def explain(mask: Mask, blocks: BlockMap, problem: Problem, arch: str) -> dict[s
 _KINDS = {EMPTY: "empty", PARTIAL: "partial", FULL: "full"}
 
 
-def _walk_bytes(blocks: BlockMap, plan: Plan) -> dict[str, tuple[tuple[Any, ...], int]]:
-    """For each kernel of the plan which walk of the map it reads, and the bytes of that; two may read the same one."""
+def _walk_bytes(blocks: BlockMap, plan: Plan, has_mask: bool) -> dict[str, tuple[tuple[Any, ...], int]]:
+    """For each kernel of the plan which walk of the map it reads, and the bytes of that; two may read the same one.
+
+    Without a mask none is made.
+    """
     walks = {}
     shapes = walk_shapes(plan, blocks.tile) if plan.has_kernels else ()
     for kernel, (tile, is_kv_row) in zip(KERNELS, shapes, strict=False):
@@ -234,7 +237,7 @@ def _walk_bytes(blocks: BlockMap, plan: Plan) -> dict[str, tuple[tuple[Any, ...]
             num_rows, num_columns = num_columns, num_rows
         # words and rows of Walk
         of_row = 2 * 8 * -(-num_columns // WORD) + 2 * 4 + 4
-        walks[kernel] = (tile, is_kv_row), blocks.shape[0] * blocks.shape[1] * num_rows * of_row
+        walks[kernel] = (tile, is_kv_row), blocks.shape[0] * blocks.shape[1] * num_rows * of_row * has_mask
     return walks
 
 

@@ -28,6 +28,7 @@ from anymask import (
     softcap,
 )
 from anymask.blocks import cache
+from anymask.kernels.configs import HopperConfig
 from anymask.testing import inputs
 
 
@@ -124,6 +125,10 @@ BAD: dict[str, tuple[Any, str]] = {
     "short ids": (lambda q, k, v: attention(q, k, v, mask=document(torch.zeros(5).int())), "goes up to 7"),
     "ids of fewer batches": (lambda q, k, v: attention(q, k, v, mask=document(torch.zeros(1, 8).int())), "at b"),
     "config on eager": (lambda q, k, v: attention(q, k, v, config={"forward": {"BLOCK_Q": 64}}), "Triton kernels"),
+    "hopper config on eager": (
+        lambda q, k, v: attention(q, k, v, config={"forward": HopperConfig(128, 128, 2, True)}),
+        "Triton kernels",
+    ),
     "softcap 0": (lambda q, k, v: softcap(0.0), "above 0"),
     "ids and bounds": (lambda q, k, v: document(torch.zeros(3).int(), cu_seqlens=torch.zeros(3).int()), "either"),
     "map of other sizes": (
