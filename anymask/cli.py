@@ -33,7 +33,7 @@ from anymask.expr.interval import Grid
 from anymask.expr.ir import to_text
 from anymask.expr.mods import Mods, text_of
 from anymask.expr.trace import SCORE_TEXT
-from anymask.kernels.plan import KERNELS, Plan, choose, default_tile, walk_shapes
+from anymask.kernels.plan import KERNELS, Plan, choose, default_tile, is_walked, walk_shapes
 from anymask.masks import Mask, from_function
 from anymask.problem import Problem
 
@@ -225,10 +225,7 @@ _KINDS = {EMPTY: "empty", PARTIAL: "partial", FULL: "full"}
 
 
 def _walk_bytes(blocks: BlockMap, plan: Plan, has_mask: bool) -> dict[str, tuple[tuple[Any, ...], int]]:
-    """For each kernel of the plan which walk of the map it reads, and the bytes of that; two may read the same one.
-
-    Without a mask none is made.
-    """
+    """For each kernel of the plan which walk of the map it reads, and the bytes of that; two may read the same one."""
     walks = {}
     shapes = walk_shapes(plan, blocks.tile) if plan.has_kernels else ()
     for kernel, (tile, is_kv_row) in zip(KERNELS, shapes, strict=False):
@@ -237,7 +234,8 @@ def _walk_bytes(blocks: BlockMap, plan: Plan, has_mask: bool) -> dict[str, tuple
             num_rows, num_columns = num_columns, num_rows
         # words and rows of Walk
         of_row = 2 * 8 * -(-num_columns // WORD) + 2 * 4 + 4
-        walks[kernel] = (tile, is_kv_row), blocks.shape[0] * blocks.shape[1] * num_rows * of_row * has_mask
+        size = blocks.shape[0] * blocks.shape[1] * num_rows * of_row
+        walks[kernel] = (tile, is_kv_row), size if is_walked(kernel, has_mask) else 0
     return walks
 
 

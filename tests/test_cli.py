@@ -112,9 +112,11 @@ def test_bytes_are_those_of_the_walks(capsys: pytest.CaptureFixture[str], what: 
     assert facts["bytes"]["total"] == blocks.kinds.nbytes + sum(different.values())
 
 
-def test_without_a_mask_no_walk_is_made(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_mask_only_dkdv_walks(capsys: pytest.CaptureFixture[str]) -> None:
     facts = facts_of(capsys, "full()", "--sq", "512")
-    assert set(facts["bytes"]["walks"].values()) == {0} and facts["bytes"]["total"] == facts["bytes"]["kinds"]
+    walks = facts["bytes"]["walks"]
+    assert walks["forward"] == walks["dq"] == 0 < walks["dkdv"]
+    assert facts["bytes"]["total"] == facts["bytes"]["kinds"] + walks["dkdv"]
 
 
 def test_the_default_tile_is_that_of_a_call(capsys: pytest.CaptureFixture[str]) -> None:
