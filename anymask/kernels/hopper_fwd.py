@@ -17,6 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from anymask.kernels.functions import opaque
 from anymask.kernels.hopper_pipeline import Ring, pass_turn, wait_turn
 from anymask.kernels.hopper_softmax import OnlineSoftmax, pack_pairs, unpack_pairs
+from anymask.kernels.hopper_walk import Counting, Walking
 from anymask.kernels.record import record
 from anymask.kernels.tile import (
     LN_2,
@@ -24,10 +25,7 @@ from anymask.kernels.tile import (
     changed_score,
     hidden,
     map_of,
-    next_tile,
-    open_row,
     ranked_row,
-    start_of,
     work_of,
 )
 
@@ -66,59 +64,6 @@ class Call:
 
 
 @record
-class Walking:
-    """Where the walk of a row's masked, or full, tiles stands (kernels/tile.py)."""
-
-    words: gl.tensor
-    num_words: gl.tensor
-    bits: gl.tensor
-    first: gl.tensor
-    place: gl.tensor
-    ahead: gl.tensor
-    TILE_KV: gl.constexpr
-    BLOCK_KV: gl.constexpr
-
-    @gluon.jit
-    def open(call, row, IS_FULL: gl.constexpr):
-        """At the first of row's tiles, and how many steps they take."""
-        STEPS: gl.constexpr = call.TILE_KV // call.BLOCK_KV
-        words, num_tiles, bits, first, ahead = open_row(call.walk, call.num_words, row, call.Skv, call.TILE_KV, IS_FULL)
-        place = gl.to_tensor(0)
-        walking = Walking(words, call.num_words, bits, first, place, ahead, call.TILE_KV, call.BLOCK_KV)
-        return walking, num_tiles * STEPS
-
-    @gluon.jit
-    def kv_start(self, step):
-        """First key of step `step`."""
-        return start_of(self.num_words, self.bits, self.first, step, self.TILE_KV, self.BLOCK_KV)
-
-    @gluon.jit
-    def after(self, step):
-        """Where it stands after step `step`."""
-        STEPS: gl.constexpr = self.TILE_KV // self.BLOCK_KV
-        bits, first, place, ahead = next_tile(
-            self.words, self.num_words, self.bits, self.first, self.place, self.ahead, step, STEPS
-        )
-        return Walking(self.words, self.num_words, bits, first, place, ahead, self.TILE_KV, self.BLOCK_KV)
-
-
-@record
-class Counting:
-    """Tiles one after the other from a first key on: what a row visits that has no walk."""
-
-    first: gl.tensor
-    BLOCK_KV: gl.constexpr
-
-    @gluon.jit
-    def kv_start(self, step):
-        return self.first + step * self.BLOCK_KV
-
-    @gluon.jit
-    def after(self, step):
-        return self
-
-
-@record
 class Row:
     """A tile of queries of one head, and its steps over tiles of keys: num_masked, then num_full."""
 
@@ -140,6 +85,7 @@ def row_of_program(call, OFFSET: gl.constexpr):
     BLOCK_Q: gl.constexpr = call.BLOCK_Q
     BLOCK_KV: gl.constexpr = call.BLOCK_KV
     TILE_Q: gl.constexpr = call.TILE_Q
+    TILE_KV: gl.constexpr = call.TILE_KV
     head, rank, part = work_of(gl.program_id(0), call.num_rows, call.num_heads, call.heads_together, TILE_Q, BLOCK_Q)
     b = head // call.Hq
     h = head % call.Hq
@@ -152,8 +98,8 @@ def row_of_program(call, OFFSET: gl.constexpr):
     else:
         first_row = map_of(call.map_strides, b, h) * call.num_rows
         row = ranked_row(call.walk, first_row, rank)
-        masked, num_masked = Walking.open(call, first_row + row, False)
-        full, num_full = Walking.open(call, first_row + row, True)
+        masked, num_masked = Walking.open(call.walk, call.num_words, first_row + row, TILE_KV, BLOCK_KV, False)
+        full, num_full = Walking.open(call.walk, call.num_words, first_row + row, TILE_KV, BLOCK_KV, True)
         q_start = row * TILE_Q + part * BLOCK_Q + OFFSET
         return Row(b, h, q_start, num_masked, num_full, masked, full)
 
@@ -187,7 +133,7 @@ def load_tiles(call, rings):
             tiles = row.masked
             num_steps = row.num_masked
         for step in range(num_steps):
-            kv_start = tiles.kv_start(step)
+            kv_start = tiles.start(step)
             tiles = tiles.after(step)
             rings.k.load(i, call.k, row.b, kv_head, kv_start)
             rings.v.load(i, call.v, row.b, kv_head, kv_start)
@@ -313,7 +259,7 @@ def attend(call, rings, WARPGROUP: gl.constexpr):
         rings.k.release(0)
         masked = row.masked
         full = row.full
-        kv_start = gl.where(num_masked > 0, masked.kv_start(0), full.kv_start(0))
+        kv_start = gl.where(num_masked > 0, masked.start(0), full.start(0))
         s, factor = scores(call, row, kv_start, s)
         if MAY_HIDE and num_masked > 0:
             s = shown(call, row, kv_start, s)
@@ -323,7 +269,7 @@ def attend(call, rings, WARPGROUP: gl.constexpr):
         if MAY_HIDE:
             masked = masked.after(0)
             for i in range(1, num_masked):
-                kv_start = masked.kv_start(i)
+                kv_start = masked.start(i)
                 masked = masked.after(i)
                 acc, softmax, pairs, correction = attend_step(
                     i, kv_start, acc, softmax, pairs, correction, q_tile, call, row, rings, True, WARPGROUP
@@ -331,7 +277,7 @@ def attend(call, rings, WARPGROUP: gl.constexpr):
         if num_masked == 0:
             full = full.after(0)
         for i in range(gl.maximum(num_masked, 1), num_steps):
-            kv_start = full.kv_start(i - num_masked)
+            kv_start = full.start(i - num_masked)
             full = full.after(i - num_masked)
             acc, softmax, pairs, correction = attend_step(
                 i, kv_start, acc, softmax, pairs, correction, q_tile, call, row, rings, False, WARPGROUP

@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from triton.experimental.gluon import language as gl
 
-from anymask.kernels.configs import HOPPER_REGISTERS, HopperConfig
+from anymask.kernels.configs import HOPPER_REGISTERS, HopperBackwardConfig, HopperConfig
+from anymask.kernels.hopper_bwd import NUM_CONSUMERS, hopper_backward_kernel
 from anymask.kernels.hopper_fwd import hopper_forward_kernel
+from anymask.kernels.hopper_rows import dq_of_sum_kernel, rows_kernel
 from anymask.kernels.recipe import TENSOR, Descriptor, Layout, Recipe
 
-DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
+DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
 CONSUMER_ROWS = 64
+ROWS_BLOCK = 64  # queries of a program before and after the backward
 
 
 def forward_recipe(
@@ -36,17 +39,17 @@ def forward_recipe(
     walk: the arguments walk to heads_together of kernels/tile.py, the walk None where no mask hides anything.  tile: of
     the walk.  mask, score: jitted functions or None.
     """
-    Hq, Sq, Skv = q.shape[1], q.shape[2], k.shape[2]
+    (_, Hq, Sq, D), (_, _, Skv, Dv) = q.shape, v.shape
     num_rows, num_heads = walk[3:5]
     registers, of_roles = HOPPER_REGISTERS[config.num_consumers]
     return Recipe(
         q.device,
         hopper_forward_kernel,
         num_heads * num_rows * tile[0] // config.BLOCK_Q,
-        _descriptor(q, CONSUMER_ROWS),
-        _descriptor(k, config.BLOCK_KV),
-        _descriptor(v, config.BLOCK_KV),
-        _descriptor(out, CONSUMER_ROWS),
+        _descriptor(q, (CONSUMER_ROWS, D)),
+        _descriptor(k, (config.BLOCK_KV, D)),
+        _descriptor(v, (config.BLOCK_KV, Dv)),
+        _descriptor(out, (CONSUMER_ROWS, Dv)),
         TENSOR,
         *walk,
         Hq,
@@ -70,11 +73,126 @@ def forward_recipe(
     )
 
 
-def _descriptor(x: Layout, rows: int) -> Descriptor:
-    """x [B, H, S, D] for TMA, in blocks of so many rows of one head."""
-    B, H, S, D = x.shape
+def rows_recipe(
+    out: Layout, dout: Layout, rows: Layout, D: int, has_dlse: bool, is_fused: bool, addressing: dict[str, Any]
+) -> Recipe:
+    """For out, dout, lse, dlse if there is one, rows, the sum of dQ if the backward is fused."""
+    B, Hq, Sq, Dv = out.shape
+    return Recipe(
+        out.device,
+        rows_kernel,
+        B * Hq * -(-Sq // ROWS_BLOCK),
+        TENSOR,
+        TENSOR,
+        TENSOR,
+        TENSOR if has_dlse else None,
+        TENSOR,
+        TENSOR if is_fused else None,
+        out.strides,
+        dout.strides,
+        rows.strides[2],
+        Hq,
+        Sq,
+        BLOCK_Q=ROWS_BLOCK,
+        D=D,
+        DV=Dv,
+        num_warps=4,
+        **addressing,
+    )
+
+
+def rows_layout(q: Layout) -> Layout:
+    """[B, Hq, 2, Sq] f32: lse and delta, each beginning where TMA can read it."""
+    B, Hq, Sq, _ = q.shape
+    padded = -(-Sq // 4) * 4
+    return Layout((B, Hq, 2, Sq), (Hq * 2 * padded, 2 * padded, padded, 1), torch.float32, q.device)
+
+
+def sum_layout(q: Layout) -> Layout:
+    """[B, Hq, Sq, D] f32: what dQ is added up in."""
+    _, Hq, Sq, D = q.shape
+    return Layout(q.shape, (Hq * Sq * D, Sq * D, D, 1), torch.float32, q.device)
+
+
+def backward_recipe(
+    q: Layout,
+    k: Layout,
+    v: Layout,
+    dout: Layout,
+    dk: Layout,
+    dv: Layout,
+    walk: tuple[Any, ...],
+    tile: tuple[int, int],
+    scale: float,
+    bindings: Any,
+    mask: Any,
+    score: Any,
+    score_gradient: Any,
+    config: HopperBackwardConfig,
+) -> Recipe:
+    """For q, k, v, dout, rows, the sum of dQ if config is fused, dk, dv, the walk's tensors, captured ones.
+
+    Arguments as of forward_recipe; the walk's rows are tiles of keys.
+    """
+    (_, Hq, Sq, D), (_, Hkv, Skv, Dv) = q.shape, v.shape
+    num_rows, num_heads = walk[3:5]
+    registers, of_roles = HOPPER_REGISTERS[NUM_CONSUMERS.value]
+    return Recipe(
+        q.device,
+        hopper_backward_kernel,
+        num_heads * num_rows * tile[1] // config.BLOCK_KV,
+        _descriptor(q, (CONSUMER_ROWS, D)),
+        _descriptor(k, (CONSUMER_ROWS, D)),
+        _descriptor(v, (CONSUMER_ROWS, Dv)),
+        _descriptor(dout, (CONSUMER_ROWS, Dv)),
+        _descriptor(rows_layout(q), (2, CONSUMER_ROWS)),
+        _descriptor(sum_layout(q), (CONSUMER_ROWS, D // 2)) if config.is_fused else None,
+        _descriptor(dk, (CONSUMER_ROWS, D)),
+        _descriptor(dv, (CONSUMER_ROWS, Dv)),
+        *walk,
+        Hkv,
+        Sq,
+        Skv,
+        scale,
+        bindings,
+        MASK=mask,
+        SCORE=score,
+        SCORE_GRAD=score_gradient,
+        G=Hq // Hkv,
+        TILE_Q=tile[0],
+        TILE_KV=tile[1],
+        IS_EVEN_Q=Sq % tile[0] == 0,
+        IS_EVEN_KV=Skv % tile[1] == 0,
+        STAGES=config.num_stages,
+        REGISTERS=of_roles,
+        num_warps=4,
+        maxnreg=registers,
+    )
+
+
+def dq_recipe(dq: Layout, scale: float, addressing: dict[str, Any]) -> Recipe:
+    """For the sum of dQ and dq."""
+    B, Hq, Sq, D = dq.shape
+    return Recipe(
+        dq.device,
+        dq_of_sum_kernel,
+        B * Hq * -(-Sq // ROWS_BLOCK),
+        TENSOR,
+        TENSOR,
+        dq.strides,
+        Hq,
+        Sq,
+        scale,
+        BLOCK_Q=ROWS_BLOCK,
+        D=D,
+        num_warps=4,
+        **addressing,
+    )
+
+
+def _descriptor(x: Layout, block: tuple[int, int]) -> Descriptor:
+    """x [B, H, S, D] for TMA, in such blocks of one head."""
     # a dimension of size 1 may have any stride, also one that TMA does not take
-    strides = [stride if size > 1 else 8 for size, stride in zip((B, H, S), x.strides, strict=False)]
-    block = [1, 1, rows, D]
-    layout = gl.NVMMASharedLayout.get_default_for(block, DTYPES[x.dtype])
-    return Descriptor([B, H, S, D], [*strides, 1], block, layout)
+    strides = [stride if size > 1 else 8 for size, stride in zip(x.shape[:3], x.strides, strict=False)]
+    layout = gl.NVMMASharedLayout.get_default_for([1, 1, *block], DTYPES[x.dtype])
+    return Descriptor(list(x.shape), [*strides, 1], [1, 1, *block], layout)

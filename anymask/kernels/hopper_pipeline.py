@@ -1,7 +1,12 @@
-"""How warpgroups of a Hopper kernel wait for each other: rings of tiles that TMA fills, turns at the tensor cores."""
+"""How warpgroups of a Hopper kernel wait for each other: rings of tiles that TMA fills, turns at the tensor cores.
 
+And the TMA operation that Triton 3.6 has no name for.
+"""
+
+from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from anymask.kernels.record import record
@@ -34,13 +39,19 @@ class Ring:
         return Ring(tiles, full, empty, STAGES)
 
     @gluon.jit
-    def load(self, i, tensor, b, h, start):
-        """Load i: rows start .. start + BLOCK of head h of batch b, zeros where the tensor ends."""
+    def begin(self, i, num_bytes):
+        """The barrier that load i, of so many bytes, is to complete, once its stage is empty."""
         stage = i % self.STAGES
         full = self.full.index(stage)
         mbarrier.wait(self.empty.index(stage), (i // self.STAGES & 1) ^ 1)
-        mbarrier.expect(full, tensor.block_type.nbytes)
-        tma.async_copy_global_to_shared(tensor, [b, h, start, 0], full, self.tiles.index(stage))
+        mbarrier.expect(full, num_bytes)
+        return full
+
+    @gluon.jit
+    def load(self, i, tensor, b, h, start):
+        """Load i: rows start .. start + BLOCK of head h of batch b, zeros where the tensor ends."""
+        full = self.begin(i, tensor.block_type.nbytes)
+        tma.async_copy_global_to_shared(tensor, [b, h, start, 0], full, self.tiles.index(i % self.STAGES))
 
     @gluon.jit
     def wait(self, i):
@@ -56,6 +67,17 @@ class Ring:
     def release(self, i):
         """This consumer is done with load i."""
         mbarrier.arrive(self.empty.index(i % self.STAGES), count=1)
+
+
+@builtin
+def reduce_add(tensor, coord, tile, _semantic=None):
+    """Add a tile in shared memory to the tensor (f32) of a descriptor, by TMA: what lies past its end is dropped.
+
+    Committed like a store: tma.store_wait waits until the tile has been read. Newer Tritons: tma.async_atomic_add.
+    """
+    coord = _semantic._convert_to_ir_values(coord, require_i64=False)
+    kind = ir.DESCRIPTOR_REDUCE_KIND.ADD
+    _semantic.builder.create_async_tma_reduce(kind, tensor.handle, coord, tile.handle)
 
 
 # --- turns: two warpgroups issue their products one after the other, so that one's softmax overlaps the other's
@@ -78,4 +100,11 @@ def wait_turn(WARPGROUP: gl.constexpr):
 def pass_turn(WARPGROUP: gl.constexpr):
     """The other warpgroup's turn begins."""
     ASM: gl.constexpr = barrier_asm("arrive", 1 - WARPGROUP)
+    gl.inline_asm_elementwise(ASM, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def meet():
+    """Both consumers wait for each other, in a kernel without turns."""
+    ASM: gl.constexpr = barrier_asm("sync", 0)
     gl.inline_asm_elementwise(ASM, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
