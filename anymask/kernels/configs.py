@@ -58,6 +58,9 @@ class HopperBackwardConfig:
         return f"{self.BLOCK_Q}x{self.BLOCK_KV}{fused} in Gluon, 2 warpgroups, {self.num_stages} stages"
 
 
+AnyConfig = Config | HopperConfig | HopperBackwardConfig
+
+
 @dataclass(frozen=True)
 class Row:
     family: str

@@ -118,8 +118,8 @@ def visit_of(call, work, g):
 class Shared:
     """What lies in shared memory. In k and v a stage is the keys of a consumer.
 
-    rows: lse and -delta of the queries in a stage of q, one after the other.  ds: dS^T of the consumers, of even and odd
-    steps.  dq: half the columns of dQ, of each consumer. None both where dQ is not computed here.
+    rows: lse and -delta of the queries in a stage of q, one after the other.  ds: dS^T of the consumers, of even and
+    odd steps.  dq: half the columns of dQ, of each consumer. None both where dQ is not computed here.
     """
 
     q: Ring
@@ -190,9 +190,7 @@ def shown(x, other, call, work, h, q_idx, kv_idx, IS_MASKED: gl.constexpr):
 
 
 @gluon.jit
-def gradient_step(
-    i, q_start, dk, dv, call, work, h, shared, IS_MASKED: gl.constexpr, WARPGROUP: gl.constexpr
-):
+def gradient_step(i, q_start, dk, dv, call, work, h, shared, IS_MASKED: gl.constexpr, WARPGROUP: gl.constexpr):
     """dk and dv with the queries of step i added, whose dq gains the keys of both consumers."""
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     DTYPE: gl.constexpr = call.q.dtype

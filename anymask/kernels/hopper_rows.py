@@ -1,4 +1,4 @@
-"""Before and after the Hopper backward, in plain Triton: lse and delta of the rows, and dQ from where it was added up."""
+"""Before and after the Hopper backward, in plain Triton: lse and delta of each row; dQ from where it was added up."""
 
 import triton
 import triton.language as tl
