@@ -52,9 +52,9 @@ def attention(
       out. Without one, a map is built and kept for the next call with the same mask, sizes and captured tensors as they
       are now.
     return_lse: also return the log of the softmax sums (natural log, float32, [B, Hq, Sq]); it may be differentiated.
-    deterministic: True asks for bitwise equal results run to run; None: as torch.are_deterministic_algorithms_enabled().
-      False lets a kernel add the keys' float32 contributions to dq in any order. Only the Hopper backward does that
-      (config); out, lse, dk and dv are the same in every run, whatever is asked for.
+    deterministic: True asks for bitwise equal results run to run; None for what torch's global flag says. False lets a
+      kernel add up dq, in float32, in any order of the keys' tiles. Only the Hopper backward does that (see config);
+      out, lse, dk and dv are bitwise equal whatever is asked for.
     backend: "gluon" (the Hopper forward), "triton", "eager" or "reference" is obeyed or raises UnsupportedError; None
       chooses by device, dtype and layout.
     config: tiles of the Triton kernels, obeyed or raises: {"forward": {"BLOCK_Q": 64, "num_warps": 4}, "dkdv": ...,

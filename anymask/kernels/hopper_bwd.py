@@ -118,14 +118,16 @@ def visit_of(call, work, g):
 class Shared:
     """What lies in shared memory. In k and v a stage is the keys of a consumer.
 
-    rows: lse and -delta of the queries in a stage of q, one after the other.  ds: dS^T of the consumers, of even and
-    odd steps.  dq: half the columns of dQ, of each consumer. None both where dQ is not computed here.
+    starts: the first query of each stage of q.  rows: their lse and -delta, one after the other.
+    ds: dS^T of the consumers, of even and odd steps.  dq: half the columns of dQ, of each consumer. Both None where dQ is
+    not computed here.
     """
 
     q: Ring
     dout: Ring
     k: Ring
     v: Ring
+    starts: gl.shared_memory_descriptor  # [STAGES, 1] int32
     rows: gl.shared_memory_descriptor  # [STAGES, 1, 1, 2, ROWS] f32
     ds: gl.shared_memory_descriptor | gl.constexpr  # [2 * NUM_CONSUMERS, ROWS, ROWS]
     dq: gl.shared_memory_descriptor | gl.constexpr  # [NUM_CONSUMERS, 1, 1, ROWS, D / 2] f32
@@ -156,6 +158,8 @@ def load_tiles(call, shared):
                 tiles = tiles.after(step)
                 full = shared.q.begin(i, call.q.block_type.nbytes + call.rows.block_type.nbytes)
                 stage = i % shared.q.STAGES
+                # so consumers need no walk; the barrier of dout, whose load begins after this, tells them of it
+                shared.starts.index(stage).store(gl.full([1], q_start, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
                 tma.async_copy_global_to_shared(
                     call.rows, [work.b, visit.h, 0, q_start], full, shared.rows.index(stage)
                 )
@@ -190,7 +194,7 @@ def shown(x, other, call, work, h, q_idx, kv_idx, IS_MASKED: gl.constexpr):
 
 
 @gluon.jit
-def gradient_step(i, q_start, dk, dv, call, work, h, shared, IS_MASKED: gl.constexpr, WARPGROUP: gl.constexpr):
+def gradient_step(i, dk, dv, call, work, h, shared, IS_MASKED: gl.constexpr, WARPGROUP: gl.constexpr):
     """dk and dv with the queries of step i added, whose dq gains the keys of both consumers."""
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     DTYPE: gl.constexpr = call.q.dtype
@@ -210,6 +214,7 @@ def gradient_step(i, q_start, dk, dv, call, work, h, shared, IS_MASKED: gl.const
     # dP^T - delta = V dO^T - delta    [ROWS, ROWS] f32
     shared.dout.wait(i)
     dp = warpgroup_mma(shared.v.tile(WARPGROUP + zero), dout_tile.permute((1, 0)), less_delta, is_async=True)
+    q_start = gl.max(shared.starts.index(i % shared.q.STAGES).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
     lse_log2 = row_vector(call, shared, i, 0, S_LAYOUT)
     s = warpgroup_mma_wait(1, deps=[s])
     # P^T    [ROWS, ROWS] f32
@@ -224,7 +229,8 @@ def gradient_step(i, q_start, dk, dv, call, work, h, shared, IS_MASKED: gl.const
     if call.SCORE_GRAD is not None:
         bindings = call.bindings
         p *= call.SCORE_GRAD(s * call.scale, work.b, h, q_idx, kv_idx, bindings[0], bindings[1], bindings[2])
-        p = shown(p, 0.0, call, work, h, q_idx, kv_idx, IS_MASKED)
+        if IS_MASKED or not call.IS_EVEN_Q:
+            p = shown(p, 0.0, call, work, h, q_idx, kv_idx, IS_MASKED)
     dp = warpgroup_mma_wait(1, deps=[dp])
     ds = (p * dp).to(DTYPE)
     ds_operand = gl.convert_layout(ds, gl.DotOperandLayout(0, dk.type.layout, 2))
@@ -276,17 +282,11 @@ def differentiate(call, shared, WARPGROUP: gl.constexpr):
     for g in range(call.G):
         visit = visit_of(call, work, g)
         if MAY_HIDE:
-            masked = visit.masked
-            for step in range(visit.num_masked):
-                q_start = masked.start(step)
-                masked = masked.after(step)
-                dk, dv = gradient_step(i, q_start, dk, dv, call, work, visit.h, shared, True, WARPGROUP)
+            for _ in range(visit.num_masked):
+                dk, dv = gradient_step(i, dk, dv, call, work, visit.h, shared, True, WARPGROUP)
                 i += 1
-        full = visit.full
-        for step in range(visit.num_full):
-            q_start = full.start(step)
-            full = full.after(step)
-            dk, dv = gradient_step(i, q_start, dk, dv, call, work, visit.h, shared, False, WARPGROUP)
+        for _ in range(visit.num_full):
+            dk, dv = gradient_step(i, dk, dv, call, work, visit.h, shared, False, WARPGROUP)
             i += 1
     if shared.dq is not None:
         tma.store_wait(0)
@@ -348,6 +348,7 @@ def hopper_backward_kernel(
         Ring.create(dout, STAGES, NUM_CONSUMERS),
         Ring.create(k, NUM_CONSUMERS, 1),
         Ring.create(v, NUM_CONSUMERS, 1),
+        gl.allocate_shared_memory(gl.int32, [STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])),
         gl.allocate_shared_memory(gl.float32, [STAGES, 1, 1, 2, ROWS], rows.layout),
         staged_ds,
         staged_dq,

@@ -86,7 +86,7 @@ def choose(
     *,
     arch: str,
     backend: str | None = None,
-    config: Mapping[str, Config | Mapping[str, Any]] | None = None,
+    config: Mapping[str, AnyConfig | Mapping[str, Any]] | None = None,
     deterministic: bool | None = None,
     tma_obstacle: str | None = None,
 ) -> Plan:
@@ -423,7 +423,7 @@ def _hopper_backward(
     return {"dkdv": chosen, "dq": None} if chosen.is_fused else {"dkdv": chosen}
 
 
-def _override(kernel: str, default: Config, wanted: Config | Mapping[str, Any], need: Need) -> Config:
+def _override(kernel: str, default: Config, wanted: Any, need: Need) -> Config:
     """The user's config, checked."""
     try:
         config = wanted if isinstance(wanted, Config) else replace(default, **wanted)
