@@ -119,8 +119,8 @@ class Shared:
     """What lies in shared memory. In k and v a stage is the keys of a consumer.
 
     starts: the first query of each stage of q.  rows: their lse and -delta, one after the other.
-    ds: dS^T of the consumers, of even and odd steps.  dq: half the columns of dQ, of each consumer. Both None where dQ is
-    not computed here.
+    ds: dS^T of the consumers, of even and odd steps.  dq: half the columns of dQ, of each consumer. Both are None where
+    dQ is not computed here.
     """
 
     q: Ring
