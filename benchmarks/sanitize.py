@@ -27,8 +27,15 @@ def main() -> None:
         assert all(bool(x.grad.isfinite().all()) for x in (q, k, v))
         if dtype == torch.bfloat16 and torch.cuda.get_device_capability() == (9, 0):
             q, k, v = (torch.randn(1, heads, length, 64, device="cuda", dtype=dtype) for heads, length in SIZES)
-            attention(q, k, v, mask=mask, score_mod=score_mod, backend="gluon")
-            attention(q, k, v, backend="gluon")
+            for x in (q, k, v):
+                x.requires_grad_()
+            for is_fused in (True, False):
+                config = {"dkdv": {"is_fused": is_fused}}
+                for options in ({"mask": mask, "score_mod": score_mod}, {"mask": mask}, {}):
+                    out = attention(q, k, v, backend="gluon", config=config, **options)
+                    # a gradient of stride 0 is copied, another is not
+                    (out.float().sum() + (out * torch.ones_like(out)).sum()).backward()
+            assert all(bool(x.grad.isfinite().all()) for x in (q, k, v))
     print("done")
 
 
