@@ -183,6 +183,17 @@ def row_vector(call, shared, i, WHICH: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
+def copies(vector, x):
+    """vector in the shape of x, each element in a register of its own.
+
+    An accumulator that begins so must have them before the product before it is issued, or ptxas waits for that one
+    (C7517).
+    """
+    _, vector = gl.broadcast(x, vector)
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [vector], dtype=gl.float32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def shown(x, other, call, work, h, q_idx, kv_idx, IS_MASKED: gl.constexpr):
     """x, and other where the mask hides the pair or there is no such pair."""
     MASK: gl.constexpr = call.MASK if IS_MASKED else None
@@ -205,10 +216,7 @@ def gradient_step(i, dk, dv, call, work, h, shared, IS_MASKED: gl.constexpr, WAR
     dout_tile = shared.dout.tile(i)
     zeros = gl.zeros([ROWS, ROWS], gl.float32, S_LAYOUT)
     shared.q.wait(i)
-    _, less_delta = gl.broadcast(zeros, row_vector(call, shared, i, 1, S_LAYOUT))
-    less_delta = gl.inline_asm_elementwise(
-        "mov.b32 $0, $1;", "=f,f", [less_delta], dtype=gl.float32, is_pure=False, pack=1
-    )
+    less_delta = copies(row_vector(call, shared, i, 1, S_LAYOUT), zeros)
     # S^T = K Q^T    [ROWS, ROWS] f32
     s = warpgroup_mma(shared.k.tile(WARPGROUP + zero), q_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
     # dP^T - delta = V dO^T - delta    [ROWS, ROWS] f32
@@ -229,8 +237,7 @@ def gradient_step(i, dk, dv, call, work, h, shared, IS_MASKED: gl.constexpr, WAR
     if call.SCORE_GRAD is not None:
         bindings = call.bindings
         p *= call.SCORE_GRAD(s * call.scale, work.b, h, q_idx, kv_idx, bindings[0], bindings[1], bindings[2])
-        if IS_MASKED or not call.IS_EVEN_Q:
-            p = shown(p, 0.0, call, work, h, q_idx, kv_idx, IS_MASKED)
+        p = shown(p, 0.0, call, work, h, q_idx, kv_idx, IS_MASKED)
     dp = warpgroup_mma_wait(1, deps=[dp])
     ds = (p * dp).to(DTYPE)
     ds_operand = gl.convert_layout(ds, gl.DotOperandLayout(0, dk.type.layout, 2))
