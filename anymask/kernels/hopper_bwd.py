@@ -183,6 +183,13 @@ def row_vector(call, shared, i, WHICH: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
+def held(tile):
+    """tile as a left operand in registers: a ROWS x ROWS product then reads half as much shared memory."""
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    return tile.load(gl.DotOperandLayout(0, LAYOUT, 2))
+
+
+@gluon.jit
 def copies(vector, x):
     """vector in the shape of x, each element in a register of its own.
 
@@ -205,8 +212,8 @@ def shown(x, other, call, work, h, q_idx, kv_idx, IS_MASKED: gl.constexpr):
 
 
 @gluon.jit
-def gradient_step(i, dk, dv, call, work, h, shared, IS_MASKED: gl.constexpr, WARPGROUP: gl.constexpr):
-    """dk and dv with the queries of step i added, whose dq gains the keys of both consumers."""
+def gradient_step(i, dk, dv, k, v, call, work, h, shared, IS_MASKED: gl.constexpr, WARPGROUP: gl.constexpr):
+    """dk and dv with the queries of step i added, whose dq gains the keys of both consumers. k, v: held, or None."""
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     DTYPE: gl.constexpr = call.q.dtype
     # 0, but the compiler can't know: so it computes anew, each step, where tiles that stay the same lie, and their
@@ -214,14 +221,18 @@ def gradient_step(i, dk, dv, call, work, h, shared, IS_MASKED: gl.constexpr, WAR
     zero = i >> 30
     q_tile = shared.q.tile(i)
     dout_tile = shared.dout.tile(i)
+    if k is None:
+        k = shared.k.tile(WARPGROUP + zero)
+    if v is None:
+        v = shared.v.tile(WARPGROUP + zero)
     zeros = gl.zeros([ROWS, ROWS], gl.float32, S_LAYOUT)
     shared.q.wait(i)
     less_delta = copies(row_vector(call, shared, i, 1, S_LAYOUT), zeros)
     # S^T = K Q^T    [ROWS, ROWS] f32
-    s = warpgroup_mma(shared.k.tile(WARPGROUP + zero), q_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    s = warpgroup_mma(k, q_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
     # dP^T - delta = V dO^T - delta    [ROWS, ROWS] f32
     shared.dout.wait(i)
-    dp = warpgroup_mma(shared.v.tile(WARPGROUP + zero), dout_tile.permute((1, 0)), less_delta, is_async=True)
+    dp = warpgroup_mma(v, dout_tile.permute((1, 0)), less_delta, is_async=True)
     q_start = gl.max(shared.starts.index(i % shared.q.STAGES).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
     lse_log2 = row_vector(call, shared, i, 0, S_LAYOUT)
     s = warpgroup_mma_wait(1, deps=[s])
@@ -285,15 +296,21 @@ def differentiate(call, shared, WARPGROUP: gl.constexpr):
     for consumer in gl.static_range(NUM_CONSUMERS):
         shared.k.wait(consumer)
     shared.v.wait(WARPGROUP)
+    k = None
+    v = None
+    if D == 64:  # a wider one would take too many registers
+        k = held(shared.k.tile(WARPGROUP))
+    if DV == 64:
+        v = held(shared.v.tile(WARPGROUP))
     i = 0
     for g in range(call.G):
         visit = visit_of(call, work, g)
         if MAY_HIDE:
             for _ in range(visit.num_masked):
-                dk, dv = gradient_step(i, dk, dv, call, work, visit.h, shared, True, WARPGROUP)
+                dk, dv = gradient_step(i, dk, dv, k, v, call, work, visit.h, shared, True, WARPGROUP)
                 i += 1
         for _ in range(visit.num_full):
-            dk, dv = gradient_step(i, dk, dv, call, work, visit.h, shared, False, WARPGROUP)
+            dk, dv = gradient_step(i, dk, dv, k, v, call, work, visit.h, shared, False, WARPGROUP)
             i += 1
     if shared.dq is not None:
         tma.store_wait(0)
