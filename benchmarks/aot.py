@@ -69,8 +69,8 @@ DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 KERNELS = ("forward", "dkdv", "dq", "classify", "walk", "order")
 # Only where plan.py has one. hopper_backward: with dQ in it, after rows and before dq_of_sum; hopper_dkdv: without.
 HOPPER_KERNELS = ("hopper_forward", "rows", "hopper_backward", "dq_of_sum", "hopper_dkdv")
-# Bytes. dK and dV of head dim 128 take 128 registers a thread: of what is left, masked and scored steps keep some
-# addresses in memory, which they read once a step.
+# Bytes. dK and dV of head dim 128, or with K and V of head dim 64, take 128 registers a thread: of what is left, masked
+# and scored steps keep some addresses in memory, which they read once a step.
 SPILL_LIMITS = {"hopper_backward": 160, "hopper_dkdv": 160}
 
 
@@ -109,16 +109,12 @@ class Row:
     error: str = ""
 
     @property
-    def spill_limit(self) -> int:
-        return SPILL_LIMITS.get(self.kernel, 0) if max(self.job.D, self.job.Dv) > 64 else 0
-
-    @property
     def is_good(self) -> bool:
         limit = SHARED_LIMITS[family_of(self.job.arch)]
         is_hopper = self.kernel in HOPPER_KERNELS
         if self.is_serial and (is_hopper or self.job.is_tuned):
             return False
-        if is_hopper and self.job.is_tuned and self.spills > self.spill_limit:
+        if is_hopper and self.job.is_tuned and self.spills > SPILL_LIMITS.get(self.kernel, 0):
             return False
         return not self.error and self.shared <= (limit if self.estimate is None else min(limit, self.estimate))
 
