@@ -17,7 +17,7 @@ from anymask.blocks.block_map import EMPTY, BlockMap
 from anymask.errors import InputError
 from anymask.expr.mods import text_of
 from anymask.expr.trace import SCORE_TEXT, Trace, trace, trace_score
-from anymask.kernels.configs import Config, HopperConfig
+from anymask.kernels.configs import AnyConfig
 from anymask.kernels.plan import default_tile
 from anymask.masks import MaskFunction, from_function, mask_from
 from anymask.problem import Problem
@@ -36,7 +36,7 @@ def attention(
     return_lse: bool = False,
     deterministic: bool | None = None,
     backend: str | None = None,
-    config: Mapping[str, Config | HopperConfig | Mapping[str, int]] | None = None,
+    config: Mapping[str, AnyConfig | Mapping[str, int]] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(score_mod(q k^T * scale) where mask) v, computed only on the tiles where the mask lets something through.
 
@@ -52,17 +52,22 @@ def attention(
       out. Without one, a map is built and kept for the next call with the same mask, sizes and captured tensors as they
       are now.
     return_lse: also return the log of the softmax sums (natural log, float32, [B, Hq, Sq]); it may be differentiated.
-    deterministic: True asks for bitwise equal results run to run. All present kernels give that always.
+    deterministic: True asks for bitwise equal results run to run; None for what torch's global flag says. False lets a
+      kernel add up dq, in float32, in any order of the keys' tiles. Only the Hopper backward does that (see config);
+      out, lse, dk and dv are bitwise equal whatever is asked for.
     backend: "gluon" (the Hopper forward), "triton", "eager" or "reference" is obeyed or raises UnsupportedError; None
       chooses by device, dtype and layout.
     config: tiles of the kernels, obeyed or raises: {"forward": {"BLOCK_Q": 64, "num_warps": 4}, "dkdv": ...,
       "dq": ...}, each a Config of kernels/configs.py or some of its fields. "forward" asks for the portable kernel;
-      with backend="gluon" it takes HopperConfig's fields, for the Hopper one.
+      with backend="gluon" it takes HopperConfig's fields, for the Hopper one. {"dkdv": {"is_fused": True}}, fields of
+      HopperBackwardConfig, asks for the Hopper backward.
 
     Returns out [B, Hq, Sq, Dv] in q's dtype, or (out, lse). A row that sees no key has out 0, lse -inf and gradients 0.
     Raises InputError, MaskError or UnsupportedError.
     """
     q, k, v = _autocast(q, k, v)
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
     how = (scale, backend, None if config is None else _config_text(config), deterministic)
     result = _prepared_attention(q, k, v, mask, score_mod, block_map, how)
     if result is None:
@@ -207,7 +212,7 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.to(torch.get_autocast_dtype(device_type)) for tensor in tensors)
 
 
-def _config_text(config: Mapping[str, Config | HopperConfig | Mapping[str, int]]) -> str:
+def _config_text(config: Mapping[str, AnyConfig | Mapping[str, int]]) -> str:
     return json.dumps({kernel: dict(c) if isinstance(c, Mapping) else asdict(c) for kernel, c in config.items()})
 
 

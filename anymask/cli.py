@@ -235,7 +235,7 @@ def _walk_bytes(blocks: BlockMap, plan: Plan, has_mask: bool) -> dict[str, tuple
         # words and rows of Walk
         of_row = 2 * 8 * -(-num_columns // WORD) + 2 * 4 + 4
         size = blocks.shape[0] * blocks.shape[1] * num_rows * of_row
-        walks[kernel] = (tile, is_kv_row), size if is_walked(kernel, has_mask) else 0
+        walks[kernel] = (tile, is_kv_row), size if is_walked(plan, kernel, has_mask) else 0
     return walks
 
 

@@ -6,7 +6,7 @@
 
 Exits with 1 where a kernel does not compile, needs more shared memory than the device has or than plan.py estimates,
 where ptxas serialises the products of a case whose speed is measured or of any Hopper kernel, or where a Hopper kernel
-of a case whose speed is measured spills (a persistent one: more than a few constants).
+of a case whose speed is measured spills more than SPILL_LIMITS (a persistent one: more than a few constants).
 The arguments are those that launch.py passes: its launches are recorded instead of run.
 """
 
@@ -42,8 +42,15 @@ from anymask.expr.interval import Grid
 from anymask.expr.mods import Mods, text_of
 from anymask.expr.trace import trace
 from anymask.kernels import hopper_launch, launch
-from anymask.kernels.configs import SHARED_LIMITS, Config, HopperConfig
-from anymask.kernels.plan import Need, choose, family_of, hopper_shared_memory, shared_memory
+from anymask.kernels.configs import SHARED_LIMITS, AnyConfig, HopperConfig
+from anymask.kernels.plan import (
+    Need,
+    choose,
+    family_of,
+    hopper_backward_shared_memory,
+    hopper_shared_memory,
+    shared_memory,
+)
 from anymask.problem import Problem
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -60,7 +67,8 @@ TARGETS = {
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 KERNELS = ("forward", "dkdv", "dq", "classify", "walk", "order")
-HOPPER_KERNELS = ("hopper_forward",)  # only where plan.py has one
+# Only where plan.py has one. hopper_backward: with dQ in it, after rows and before dq_of_sum; hopper_dkdv: without.
+HOPPER_KERNELS = ("hopper_forward", "rows", "hopper_backward", "dq_of_sum", "hopper_dkdv")
 # head dims and configs that the plan does not choose by itself
 HOPPER_VARIANTS: tuple[tuple[int, tuple[tuple[str, Any], ...]], ...] = (
     (128, (("is_persistent", True),)),
@@ -68,6 +76,9 @@ HOPPER_VARIANTS: tuple[tuple[int, tuple[tuple[str, Any], ...]], ...] = (
     (64, (("is_persistent", True), ("BLOCK_Q", 192), ("has_turns", False))),
     *((D, ()) for D in (16, 48, 72, 96, 112, 160, 192)),
 )
+# Bytes. dK and dV of head dim 128, or with K and V of head dim 64, take 128 registers a thread: of what is left, masked
+# and scored steps keep some addresses in memory, which they read once a step.
+SPILL_LIMITS = {"hopper_backward": 160, "hopper_dkdv": 160}
 
 
 @dataclass(frozen=True)
@@ -97,7 +108,7 @@ class Job:
 class Row:
     job: Job
     kernel: str
-    config: Config | HopperConfig | None
+    config: AnyConfig | None
     registers: int
     spills: int  # bytes on NVIDIA, registers on AMD
     is_serial: bool  # ptxas says that it serialised the wgmma products
@@ -111,9 +122,10 @@ class Row:
         is_hopper = self.kernel in HOPPER_KERNELS
         if self.is_serial and (is_hopper or self.job.is_tuned):
             return False
-        # a persistent kernel may keep the divisors of its row numbers there, read once a row
-        allowed = 32 if isinstance(self.config, HopperConfig) and self.config.is_persistent else 0
-        if self.spills > allowed and is_hopper and self.job.is_tuned:
+        allowed = SPILL_LIMITS.get(self.kernel, 0)
+        if isinstance(self.config, HopperConfig) and self.config.is_persistent:
+            allowed = 32  # divisors of row numbers, read once a row
+        if is_hopper and self.job.is_tuned and self.spills > allowed:
             return False
         return not self.error and self.shared <= (limit if self.estimate is None else min(limit, self.estimate))
 
@@ -131,7 +143,7 @@ def full_jobs() -> Iterator[Job]:
         # three consumers have too few registers for documents
         masks = ("everything", "causal_top_left", "window", "documents_causal")
         for mask in masks[: 3 if ("BLOCK_Q", 192) in options else 4]:
-            yield Job(mask, "", "bf16", D, D, "sm_90", kernels=HOPPER_KERNELS, hopper=options)
+            yield Job(mask, "", "bf16", D, D, "sm_90", kernels=("hopper_forward",), hopper=options)
     for arch in TARGETS:
         for D in (64, 256):
             yield Job("documents_causal", "capped", "bf16", D, D, arch, Sq=1000, tile=16)
@@ -143,7 +155,9 @@ def sample_jobs() -> Iterator[Job]:
     yield Job("everything", "capped", "f16", 64, 128, "sm_90", Sq=1000, kernels=HOPPER_KERNELS)
     yield Job("mode_1", "linear_bias", "bf16", 128, 64, "sm_90", kernels=HOPPER_KERNELS)
     yield Job("tree", "", "bf16", 64, 64, "sm_90", kernels=HOPPER_KERNELS)
-    yield Job("documents_causal", "", "bf16", 128, 128, "sm_90", kernels=HOPPER_KERNELS, hopper=HOPPER_VARIANTS[0][1])
+    persistent = HOPPER_VARIANTS[0][1]
+    yield Job("documents_causal", "", "bf16", 128, 128, "sm_90", kernels=("hopper_forward",), hopper=persistent)
+    yield Job("causal_top_left", "capped", "bf16", 128, 128, "sm_90", kernels=("hopper_backward", "hopper_dkdv"))
     yield Job("block_diffusion", "capped_and_biased", "f16", 64, 64, "sm_80", Sq=1000)
     yield Job("bit_table", "", "bf16", 256, 256, "sm_90", kernels=("forward", "dkdv"))
     yield Job("tree", "", "f32", 64, 64, "sm_90", kernels=("forward",))
@@ -168,6 +182,7 @@ def compile_job(job: Job) -> list[Row]:
     plan = choose(problem, mods, tile, arch=job.arch, backend="triton")
     num_tiles = -(-job.Sq // job.tile)
     blocks = BlockMap(torch.zeros(2, 4, num_tiles, num_tiles, dtype=torch.int8), job.Sq, job.Sq, tile)
+    hopper_plans: dict[str, Any] = {}
     with Recorder() as recorder:
         launch.forward(q, k, v, mods, bindings, blocks, plan, 0.125)
         launch.backward(dout, None, q, k, v, out, lse, mods, bindings, blocks, plan, 0.125)
@@ -176,15 +191,24 @@ def compile_job(job: Job) -> list[Row]:
             config = {"forward": dict(job.hopper)} if job.hopper else None
             gluon_plan = choose(problem, mods, tile, arch=job.arch, backend="gluon", config=config)
             launch.forward(q, k, v, mods, bindings, blocks, gluon_plan, 0.125)
+            for name, is_fused in (("hopper_dkdv", False), ("hopper_backward", True)):
+                hopper_config = {"dkdv": {"is_fused": is_fused}}
+                hopper_plans[name] = choose(problem, mods, tile, arch=job.arch, backend="gluon", config=hopper_config)
+                dq_calls = recorder.calls["dq"]  # of the portable plan, which are the job's
+                launch.backward(dout, None, q, k, v, out, lse, mods, bindings, blocks, hopper_plans[name], 0.125)
+                recorder.calls[name], recorder.calls["dq"] = recorder.calls["hopper_backward"], dq_calls
     need = Need.of(job.D, job.Dv, dtype, mods, family_of(job.arch))
     configs: dict[str, Any] = {name: getattr(plan, name, None) for name in KERNELS}
     estimates = {name: shared_memory(name, config, need) for name, config in configs.items() if config}
     if "hopper_forward" in recorder.calls:
         configs["hopper_forward"] = gluon_plan.forward
         estimates["hopper_forward"] = hopper_shared_memory(gluon_plan.forward, job.D, job.Dv)
+    for name, hopper_plan in hopper_plans.items():
+        configs[name] = hopper_plan.dkdv
+        estimates[name] = hopper_backward_shared_memory(hopper_plan.dkdv, job.D, job.Dv)
     # without a mask there is nothing to walk
     return [
-        _compile(job, configs[name], estimates.get(name), name, *recorder.calls[name])
+        _compile(job, configs.get(name), estimates.get(name), name, *recorder.calls[name])
         for name in job.kernels
         if name in recorder.calls
     ]
@@ -195,7 +219,9 @@ class Recorder:
 
     def __init__(self) -> None:
         self.kernels = {name: getattr(launch, f"{name}_kernel") for name in KERNELS}
-        self.kernels |= {name: getattr(hopper_launch, f"{name}_kernel") for name in HOPPER_KERNELS}
+        # hopper_dkdv is another variant of hopper_backward
+        names = [name for name in HOPPER_KERNELS if name != "hopper_dkdv"]
+        self.kernels |= {name: getattr(hopper_launch, f"{name}_kernel") for name in names}
         self.calls: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {}
 
     def __enter__(self) -> Recorder:
@@ -216,7 +242,7 @@ class Recorder:
 
 def _compile(
     job: Job,
-    config: Config | HopperConfig | None,
+    config: AnyConfig | None,
     estimate: int | None,
     name: str,
     kernel: Any,
@@ -298,7 +324,7 @@ def main() -> int:
         print(json.dumps(compilations(options.lengths)))
         return 0
     jobs = [job for job in (sample_jobs if options.sample else full_jobs)() if re.search(options.only, repr(job))]
-    head = f"{'arch':7} {'dtype':5} {'D':>3} {'Dv':>3} {'mask':26} {'score':18} {'kernel':14} {'tiles':45}"
+    head = f"{'arch':7} {'dtype':5} {'D':>3} {'Dv':>3} {'mask':26} {'score':18} {'kernel':14} {'tiles':48}"
     print(f"{head} {'regs':>4} {'spills':>6} {'shared':>7} {'estimate':>8}")
     bad = 0
     with ProcessPoolExecutor(options.jobs) as pool:
@@ -308,7 +334,7 @@ def main() -> int:
                 what = f"{job.arch:7} {job.dtype:5} {job.D:3} {job.Dv:3} {job.mask:26} {job.score:18} {row.kernel:14}"
                 takes = f"{row.registers:4} {row.spills:6} {row.shared:7} {row.estimate or '-':>8}"
                 verdict = ("serial " if row.is_serial else "") + ("" if row.is_good else f"BAD {row.error}")
-                print(f"{what} {row.config or '-'!s:45} {takes} {verdict}", flush=True)
+                print(f"{what} {row.config or '-'!s:48} {takes} {verdict}", flush=True)
                 bad += not row.is_good
     print(f"{len(jobs)} jobs, {bad} bad rows")
     return 1 if bad else 0

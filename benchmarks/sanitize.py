@@ -27,9 +27,15 @@ def main() -> None:
         assert all(bool(x.grad.isfinite().all()) for x in (q, k, v))
         if dtype == torch.bfloat16 and torch.cuda.get_device_capability() == (9, 0):
             q, k, v = (torch.randn(1, heads, length, 64, device="cuda", dtype=dtype) for heads, length in SIZES)
-            attention(q, k, v, mask=mask, score_mod=score_mod, backend="gluon")
-            attention(q, k, v, backend="gluon")
-            q, k, v = (x.repeat(150, 1, 1, 1) for x in (q, k, v))  # more rows than multiprocessors
+            for x in (q, k, v):
+                x.requires_grad_()
+            for is_fused in (True, False):
+                config = {"dkdv": {"is_fused": is_fused}}
+                for options in ({"mask": mask, "score_mod": score_mod}, {"mask": mask}, {}):
+                    out = attention(q, k, v, backend="gluon", config=config, **options)
+                    out.square().sum().backward()
+            assert all(bool(x.grad.isfinite().all()) for x in (q, k, v))
+            q, k, v = (x.detach().repeat(150, 1, 1, 1) for x in (q, k, v))  # more rows than multiprocessors
             attention(
                 q, k, v, mask=causal() & document(ids), backend="gluon", config={"forward": {"is_persistent": True}}
             )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from anymask import BlockMap, attention, block_map, causal, clear_cache, document, mask_from, sliding_window, softcap
-from anymask.testing import inputs
+from anymask.testing import inputs, relative_error
 from tests.cases import MASKS, SCORES, Sizes
 from tests.test_zoo import gradients, run
 
@@ -21,6 +21,8 @@ pytestmark = pytest.mark.gpu
 HALF = (torch.float16, torch.bfloat16)
 IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 hopper = pytest.mark.skipif(not IS_HOPPER, reason="needs a Hopper GPU")
+# the Hopper backward, with dQ in it and without: the fast mode and the deterministic one
+FUSED, APART = ({"dkdv": {"is_fused": is_fused}} for is_fused in (True, False))
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
@@ -112,6 +114,71 @@ def test_persistent_forwards_beside_each_other_and_in_a_graph() -> None:
                 graph.replay()
     torch.cuda.synchronize()
     assert all(torch.equal(out, expected) for out in captured)
+
+
+@pytest.mark.parametrize("i, name", enumerate(MASKS))
+def test_mask_backward_on_hopper(i: int, name: str) -> None:
+    config = APART if i % 5 == 0 else FUSED
+    D, dtype, tile = ((64, torch.bfloat16, 64), (128, torch.float16, 128))[i % 2]
+    sizes = (2, 4, 2, 333, 290, D, D)
+    run("gluon", MASKS[name](Sizes(2, 4, 333, 290, "cuda")), None, sizes, dtype, "cuda", tile, config=config)
+
+
+@hopper
+@pytest.mark.parametrize("config", [FUSED, APART], ids=["fused", "apart"])
+@pytest.mark.parametrize("mask", [None, causal()], ids=["unmasked", "causal"])
+@pytest.mark.parametrize("name", SCORES)
+def test_score_function_backward_on_hopper(name: str, mask: Any, config: Any) -> None:
+    sizes = (2, 4, 2, 200, 170, 128, 64)
+    score_mod = SCORES[name](Sizes(2, 4, 200, 170, "cuda"))
+    run("gluon", mask, score_mod, sizes, torch.bfloat16, "cuda", 128, config=config)
+
+
+@hopper
+@pytest.mark.parametrize("D, Dv", [(64, 64), (64, 128), (128, 64), (128, 128)])
+@pytest.mark.parametrize("S", [(1, 1), (128, 128), (127, 129), (1500, 700)], ids=str)
+@pytest.mark.parametrize("heads", [(4, 4), (4, 1)], ids=str)
+def test_sizes_backward_on_hopper(heads: tuple[int, int], S: tuple[int, int], D: int, Dv: int) -> None:
+    for mask in (None, sliding_window(300, 20)):
+        run("gluon", mask, None, (2, *heads, *S, D, Dv), torch.bfloat16, "cuda", 128, config=FUSED)
+
+
+@hopper
+@pytest.mark.parametrize("tile", [16, 64, 256])
+def test_map_tiles_backward_on_hopper(tile: int) -> None:
+    ids = torch.randint(0, 3, (1000,), device="cuda").sort().values
+    sizes = (1, 2, 2, 1000, 900, 128, 128)
+    run("gluon", causal() & document(ids), None, sizes, torch.bfloat16, "cuda", tile, config=FUSED)
+
+
+@hopper
+def test_keys_past_the_end_do_not_reach_dq() -> None:
+    """Their score is 0. Where all others are about -300, and so lse, their P would be inf, were they not hidden."""
+    q, k, v, dout, _ = inputs(1, 1, 1, 100, 100, 64, 64, torch.bfloat16, "cuda")
+    q, k = (8 * q.abs()).detach().requires_grad_(), (-8 * k.abs()).detach().requires_grad_()
+    for mask in (None, causal()):
+        got, expected = (
+            torch.autograd.grad(attention(q, k, v, mask=mask, config=config), (q, k, v), dout)
+            for config in (FUSED, None)
+        )
+        assert all(relative_error(a, b) < 2e-2 for a, b in zip(got, expected, strict=True))
+
+
+@hopper
+def test_the_hopper_backward_run_to_run() -> None:
+    """All bitwise equal where it is to be deterministic; else all but dq, which differs by float32 roundings."""
+    for D in (64, 128):
+        q, k, v, dout, _ = inputs(2, 8, 4, 2048, 2048, D, D, torch.bfloat16, "cuda")
+        for mask in (None, causal()):
+            for config, deterministic in ((APART, True), (FUSED, False)):
+                first: tuple[Tensor, ...] | None = None
+                for _ in range(10):
+                    out = attention(q, k, v, mask=mask, config=config, deterministic=deterministic)
+                    results = torch.autograd.grad(out, (q, k, v), dout)
+                    first = first or results
+                    start = 0 if deterministic else 1
+                    assert all(torch.equal(a, b) for a, b in zip(first[start:], results[start:], strict=True))
+                    torch.testing.assert_close(results[0], first[0], rtol=2e-2, atol=1e-3)
 
 
 @hopper

@@ -29,8 +29,9 @@ def run(
     dtype: torch.dtype,
     device: str = "cpu",
     tile: int = TILE,
+    **options: Any,
 ) -> dict[str, float]:
-    """Compute on a backend, check against the reference, return the errors."""
+    """Compute on a backend, check against the reference, return the errors. options: of attention()."""
     q, k, v, dout, dlse = inputs(*sizes, dtype, device)
     program = trace(mask, score_mod)
     mods = Mods.of(text_of(program.mask, program.score), program.bindings.ints, program.bindings.floats)
@@ -39,7 +40,7 @@ def run(
     double = [x.detach().double() for x in (q, k, v)]
     exact = (*reference.forward(*double, *args), *reference.backward(dout, dlse, *double, *args))
     blocks = block_map(mask, *sizes[:2], *sizes[3:5], device=device, tile=tile)
-    out, lse = attention(q, k, v, block_map=blocks, score_mod=score_mod, return_lse=True, backend=backend)
+    out, lse = attention(q, k, v, block_map=blocks, score_mod=score_mod, return_lse=True, backend=backend, **options)
     got = (out, lse, *gradients(out, lse, (q, k, v), dout, dlse))
     return check(got, exact, plain(q, k, v, dout, dlse, *args))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,27 @@ class HopperConfig:
     def __str__(self) -> str:
         ways = ", in turns" * self.has_turns + ", persistent" * self.is_persistent
         return f"{self.BLOCK_Q}x{self.BLOCK_KV}, {self.num_consumers} warpgroups{ways}, {self.num_stages} stages"
+
+
+@dataclass(frozen=True)
+class HopperBackwardConfig:
+    """Of the Hopper dK/dV kernel: two warpgroups of 64 keys each. num_stages: tiles of queries in shared memory.
+
+    is_fused: it adds up dQ too, in whatever order its programs come. Else dQ is left to the portable kernel.
+    """
+
+    num_stages: int
+    is_fused: bool
+
+    BLOCK_Q: ClassVar[int] = 64
+    BLOCK_KV: ClassVar[int] = 128
+
+    def __str__(self) -> str:
+        fused = " and dq" if self.is_fused else ""
+        return f"{self.BLOCK_Q}x{self.BLOCK_KV}{fused} in Gluon, 2 warpgroups, {self.num_stages} stages"
+
+
+AnyConfig = Config | HopperConfig | HopperBackwardConfig
 
 
 @dataclass(frozen=True)
@@ -182,6 +204,9 @@ def hopper_config(D: int, Dv: int, Sq: int, tile_q: int, is_light: bool) -> Hopp
             return row.forward
     return None
 
+
+# Of the Hopper backward, by max(D, Dv). Not measured yet, so that only config= chooses it.
+HOPPER_BACKWARD_STAGES = {64: 3, 128: 2}
 
 # Registers a thread, by number of consumers: at entry, and of each role but the first (which gets what is left) after
 # the register split.

@@ -15,8 +15,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from anymask.kernels.functions import near
-from anymask.kernels.hopper_pipeline import Ring, RowQueue, allocate_tiles, begin_store, pass_turn, seen_as, wait_turn
+from anymask.kernels.hopper_chunks import accumulators, allocate_tiles, chunks_of, finished
+from anymask.kernels.hopper_pipeline import Ring, RowQueue, begin_store, pass_turn, seen_as, wait_turn
 from anymask.kernels.hopper_softmax import OnlineSoftmax, pack_pairs, unpack_pairs
+from anymask.kernels.hopper_walk import Counting, Walking
 from anymask.kernels.record import record
 from anymask.kernels.tile import (
     LN_2,
@@ -24,10 +26,7 @@ from anymask.kernels.tile import (
     hidden,
     map_of,
     natural_score,
-    next_tile,
-    open_row,
     ranked_row,
-    start_of,
     work_of,
 )
 
@@ -67,59 +66,6 @@ class Call:
 
 
 @record
-class Walking:
-    """Where the walk of a row's masked, or full, tiles stands (kernels/tile.py)."""
-
-    words: gl.tensor
-    num_words: gl.tensor
-    bits: gl.tensor
-    first: gl.tensor
-    place: gl.tensor
-    ahead: gl.tensor
-    TILE_KV: gl.constexpr
-    BLOCK_KV: gl.constexpr
-
-    @gluon.jit
-    def open(call, row, IS_FULL: gl.constexpr):
-        """At the first of row's tiles, and how many steps they take."""
-        STEPS: gl.constexpr = call.TILE_KV // call.BLOCK_KV
-        words, num_tiles, bits, first, ahead = open_row(call.walk, call.num_words, row, call.Skv, call.TILE_KV, IS_FULL)
-        place = gl.to_tensor(0)
-        walking = Walking(words, call.num_words, bits, first, place, ahead, call.TILE_KV, call.BLOCK_KV)
-        return walking, num_tiles * STEPS
-
-    @gluon.jit
-    def kv_start(self, step):
-        """First key of step `step`."""
-        return start_of(self.num_words, self.bits, self.first, step, self.TILE_KV, self.BLOCK_KV)
-
-    @gluon.jit
-    def after(self, step):
-        """Where it stands after step `step`."""
-        STEPS: gl.constexpr = self.TILE_KV // self.BLOCK_KV
-        bits, first, place, ahead = next_tile(
-            self.words, self.num_words, self.bits, self.first, self.place, self.ahead, step, STEPS
-        )
-        return Walking(self.words, self.num_words, bits, first, place, ahead, self.TILE_KV, self.BLOCK_KV)
-
-
-@record
-class Counting:
-    """Tiles one after the other from a first key on: what a row visits that has no walk."""
-
-    first: gl.tensor
-    BLOCK_KV: gl.constexpr
-
-    @gluon.jit
-    def kv_start(self, step):
-        return self.first + step * self.BLOCK_KV
-
-    @gluon.jit
-    def after(self, step):
-        return self
-
-
-@record
 class Row:
     """A tile of queries of one head, and its steps over tiles of keys: num_masked, then num_full."""
 
@@ -141,6 +87,7 @@ def row_of(call, number, OFFSET: gl.constexpr):
     BLOCK_Q: gl.constexpr = call.BLOCK_Q
     BLOCK_KV: gl.constexpr = call.BLOCK_KV
     TILE_Q: gl.constexpr = call.TILE_Q
+    TILE_KV: gl.constexpr = call.TILE_KV
     head, rank, part = work_of(number, call.num_rows, call.num_heads, call.heads_together, TILE_Q, BLOCK_Q)
     b = head // call.Hq
     h = head % call.Hq
@@ -153,8 +100,8 @@ def row_of(call, number, OFFSET: gl.constexpr):
     else:
         first_row = map_of(call.map_strides, b, h) * call.num_rows
         row = ranked_row(call.walk, first_row, rank)
-        masked, num_masked = Walking.open(call, first_row + row, False)
-        full, num_full = Walking.open(call, first_row + row, True)
+        masked, num_masked = Walking.open(call.walk, call.num_words, first_row + row, TILE_KV, BLOCK_KV, False)
+        full, num_full = Walking.open(call.walk, call.num_words, first_row + row, TILE_KV, BLOCK_KV, True)
         q_start = row * TILE_Q + part * BLOCK_Q + OFFSET
         return Row(b, h, q_start, num_masked, num_full, masked, full)
 
@@ -225,7 +172,7 @@ def load_row(call, rings, row, n, i):
             tiles = row.masked
             num_steps = row.num_masked
         for step in range(num_steps):
-            kv_start = tiles.kv_start(step)
+            kv_start = tiles.start(step)
             tiles = tiles.after(step)
             rings.k.load(i, call.k, row.b, kv_head, kv_start)
             rings.v.load(i, call.v, row.b, kv_head, kv_start)
@@ -303,16 +250,6 @@ def chunk_product(v_tile, pairs, correction, acc):
 
 
 @gluon.jit
-def all_done(products):
-    """The tuple of products, when none is in flight any more."""
-    if len(products) == 1:
-        return (warpgroup_mma_wait(0, deps=[products[0]]),)
-    else:
-        a, b = warpgroup_mma_wait(0, deps=[products[0], products[1]])
-        return (a, b)
-
-
-@gluon.jit
 def attend_step(
     i,
     kv_start,
@@ -342,25 +279,10 @@ def attend_step(
     if IS_MASKED:
         s = shown(call, row, kv_start, s)
     softmax, p, correction = softmax.add(s, factor, IS_MASKED or call.SCORE is not None)
-    acc = all_done(acc)
+    acc = finished(acc, 0)
     rings.v.release(i - 1)
     pairs = pack_pairs(p, call.q[0].dtype)  # only now are the registers of the previous P free: else C7513
     return acc, softmax, pairs, correction
-
-
-@gluon.jit
-def empty_outputs(out):
-    """Of each chunk of out: [ROWS, columns] f32 0."""
-    acc = ()
-    for c in gl.static_range(len(out)):
-        acc += (empty_output(out[c].block_type.shape[3]),)
-    return acc
-
-
-@gluon.jit
-def empty_output(COLUMNS: gl.constexpr):
-    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
-    return gl.zeros([ROWS, COLUMNS], gl.float32, O_LAYOUT)
 
 
 @gluon.jit
@@ -369,7 +291,8 @@ def store_chunk(out, rings, acc, factor, row, column, C: gl.constexpr, WARPGROUP
     O_LAYOUT: gl.constexpr = acc.type.layout
     if rings.out is None:
         # Q has been read
-        staged = seen_as(rings.q.tiles[C].index(WARPGROUP), out)
+        LAYOUT: gl.constexpr = out.layout
+        staged = seen_as(rings.q.tiles[C].index(WARPGROUP), out.dtype, [1, 1, ROWS, acc.shape[1]], LAYOUT)
     else:
         staged = rings.out[C].index(WARPGROUP)
     factor = gl.convert_layout(factor, gl.SliceLayout(1, O_LAYOUT))
@@ -412,7 +335,7 @@ def attend_row(call, rings, row, n, first, WARPGROUP: gl.constexpr):
     num_steps = num_masked + row.num_full
     q_load = n * (call.BLOCK_Q // ROWS) + WARPGROUP
 
-    acc = empty_outputs(call.out)
+    acc = accumulators(call.out)
     softmax = OnlineSoftmax.create(ROWS, S_LAYOUT)
     rings.q.wait(q_load)
     if num_steps > 0:
@@ -427,7 +350,7 @@ def attend_row(call, rings, row, n, first, WARPGROUP: gl.constexpr):
         rings.k.release(first)
         masked = row.masked
         full = row.full
-        kv_start = gl.where(num_masked > 0, masked.kv_start(0), full.kv_start(0))
+        kv_start = gl.where(num_masked > 0, masked.start(0), full.start(0))
         s, factor = scores(call, row, kv_start, s)
         if MAY_HIDE and num_masked > 0:
             s = shown(call, row, kv_start, s)
@@ -438,7 +361,7 @@ def attend_row(call, rings, row, n, first, WARPGROUP: gl.constexpr):
             masked = masked.after(0)
             for step in range(1, num_masked):
                 i = first + step
-                kv_start = masked.kv_start(step)
+                kv_start = masked.start(step)
                 masked = masked.after(step)
                 acc, softmax, pairs, correction = attend_step(
                     i, kv_start, acc, softmax, pairs, correction, q_load, call, row, rings, True, WARPGROUP
@@ -447,7 +370,7 @@ def attend_row(call, rings, row, n, first, WARPGROUP: gl.constexpr):
             full = full.after(0)
         for step in range(gl.maximum(num_masked, 1), num_steps):
             i = first + step
-            kv_start = full.kv_start(step - num_masked)
+            kv_start = full.start(step - num_masked)
             full = full.after(step - num_masked)
             acc, softmax, pairs, correction = attend_step(
                 i, kv_start, acc, softmax, pairs, correction, q_load, call, row, rings, False, WARPGROUP
@@ -455,7 +378,7 @@ def attend_row(call, rings, row, n, first, WARPGROUP: gl.constexpr):
         if rings.queue is not None:
             rings.q.release(q_load)
         acc = output_product(rings, pairs, correction, acc, first + num_steps - 1)
-        acc = all_done(acc)
+        acc = finished(acc, 0)
         if rings.queue is not None:
             rings.v.release(first + num_steps - 1)
     else:
@@ -484,15 +407,6 @@ def attend_row(call, rings, row, n, first, WARPGROUP: gl.constexpr):
         return
     else:
         return number, next_row, first + num_steps
-
-
-@gluon.jit
-def chunks_of(first, rest):
-    """The descriptors of a tensor as a tuple."""
-    if rest is None:
-        return (first,)
-    else:
-        return (first, rest)
 
 
 @gluon.constexpr_function

@@ -11,13 +11,16 @@ from typing import Any
 import torch
 from triton.experimental.gluon import language as gl
 
-from anymask.kernels.configs import HOPPER_REGISTERS, HopperConfig
+from anymask.kernels.configs import HOPPER_REGISTERS, HopperBackwardConfig, HopperConfig
+from anymask.kernels.hopper_bwd import NUM_CONSUMERS, hopper_backward_kernel
 from anymask.kernels.hopper_fwd import hopper_forward_kernel
+from anymask.kernels.hopper_rows import dq_of_sum_kernel, rows_kernel
 from anymask.kernels.plan import chunks
 from anymask.kernels.recipe import TENSOR, Descriptor, Layout, Recipe
 
-DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
+DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
 CONSUMER_ROWS = 64
+ROWS_BLOCK = 64  # queries of a program before and after the backward
 
 
 def forward_recipe(
@@ -82,14 +85,133 @@ def _num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
-def _descriptors(x: Layout, rows: int) -> tuple[Descriptor, Descriptor | None]:
-    """x [B, H, S, D] for TMA, in blocks of so many rows of one head and of the columns of each chunk of D."""
-    B, H, S, D = x.shape
+def rows_recipe(
+    out: Layout, dout: Layout, rows: Layout, D: int, has_dlse: bool, is_fused: bool, addressing: dict[str, Any]
+) -> Recipe:
+    """For out, dout, lse, dlse if there is one, rows, the sum of dQ if the backward is fused."""
+    B, Hq, Sq, Dv = out.shape
+    return Recipe(
+        out.device,
+        rows_kernel,
+        B * Hq * -(-Sq // ROWS_BLOCK),
+        TENSOR,
+        TENSOR,
+        TENSOR,
+        TENSOR if has_dlse else None,
+        TENSOR,
+        TENSOR if is_fused else None,
+        out.strides,
+        dout.strides,
+        rows.strides[2],
+        Hq,
+        Sq,
+        BLOCK_Q=ROWS_BLOCK,
+        D=D,
+        DV=Dv,
+        num_warps=4,
+        **addressing,
+    )
+
+
+def rows_layout(q: Layout) -> Layout:
+    """[B, Hq, 2, Sq] f32: lse and delta, each beginning where TMA can read it."""
+    B, Hq, Sq, _ = q.shape
+    padded = -(-Sq // 4) * 4
+    return Layout((B, Hq, 2, Sq), (Hq * 2 * padded, 2 * padded, padded, 1), torch.float32, q.device)
+
+
+def sum_layout(q: Layout) -> Layout:
+    """[B, Hq, Sq, D] f32: what dQ is added up in."""
+    _, Hq, Sq, D = q.shape
+    return Layout(q.shape, (Hq * Sq * D, Sq * D, D, 1), torch.float32, q.device)
+
+
+def backward_recipe(
+    q: Layout,
+    k: Layout,
+    v: Layout,
+    dout: Layout,
+    dk: Layout,
+    dv: Layout,
+    walk: tuple[Any, ...],
+    tile: tuple[int, int],
+    scale: float,
+    bindings: Any,
+    mask: Any,
+    score: Any,
+    score_gradient: Any,
+    config: HopperBackwardConfig,
+) -> Recipe:
+    """For q, k, v, dout, rows, the sum of dQ if config is fused, dk, dv, the walk's tensors, captured ones.
+
+    Arguments as of forward_recipe; the walk's rows are tiles of keys.
+    """
+    (_, Hq, Sq, _), (_, Hkv, Skv, _) = q.shape, k.shape
+    num_rows, num_heads = walk[3:5]
+    registers, of_roles = HOPPER_REGISTERS[NUM_CONSUMERS.value]
+    return Recipe(
+        q.device,
+        hopper_backward_kernel,
+        num_heads * num_rows * tile[1] // config.BLOCK_KV,
+        *_descriptors(q, CONSUMER_ROWS),
+        *_descriptors(k, CONSUMER_ROWS),
+        *_descriptors(v, CONSUMER_ROWS),
+        *_descriptors(dout, CONSUMER_ROWS),
+        _descriptor(rows_layout(q), (2, CONSUMER_ROWS)),
+        *(_descriptors(sum_layout(q), CONSUMER_ROWS, NUM_CONSUMERS.value) if config.is_fused else (None, None)),
+        *_descriptors(dk, CONSUMER_ROWS),
+        *_descriptors(dv, CONSUMER_ROWS),
+        *walk,
+        Hkv,
+        Sq,
+        Skv,
+        scale,
+        bindings,
+        MASK=mask,
+        SCORE=score,
+        SCORE_GRAD=score_gradient,
+        G=Hq // Hkv,
+        TILE_Q=tile[0],
+        TILE_KV=tile[1],
+        IS_EVEN_Q=Sq % tile[0] == 0,
+        IS_EVEN_KV=Skv % tile[1] == 0,
+        STAGES=config.num_stages,
+        REGISTERS=of_roles,
+        num_warps=4,
+        maxnreg=registers,
+    )
+
+
+def dq_recipe(dq: Layout, scale: float, addressing: dict[str, Any]) -> Recipe:
+    """For the sum of dQ and dq."""
+    B, Hq, Sq, D = dq.shape
+    return Recipe(
+        dq.device,
+        dq_of_sum_kernel,
+        B * Hq * -(-Sq // ROWS_BLOCK),
+        TENSOR,
+        TENSOR,
+        dq.strides,
+        Hq,
+        Sq,
+        scale,
+        BLOCK_Q=ROWS_BLOCK,
+        D=D,
+        num_warps=4,
+        **addressing,
+    )
+
+
+def _descriptors(x: Layout, rows: int, parts: int = 1) -> tuple[Descriptor, Descriptor | None]:
+    """x [B, H, S, D] in blocks of so many rows and of a part of the columns of each chunk of D."""
+    first, *rest = chunks(x.shape[3])
+    others = [_descriptor(x, (rows, columns // parts), is_again=True) for columns in rest]
+    return _descriptor(x, (rows, first // parts)), others[0] if others else None
+
+
+def _descriptor(x: Layout, block: tuple[int, int], is_again: bool = False) -> Descriptor:
+    """x [B, H, S, D] for TMA, in such blocks of one head."""
     # a dimension of size 1 may have any stride, also one that TMA does not take
-    strides = [stride if size > 1 else 8 for size, stride in zip((B, H, S), x.strides, strict=False)]
-    made: list[Descriptor] = []
-    for columns in chunks(D):
-        block = [1, 1, rows, columns]
-        layout = gl.NVMMASharedLayout.get_default_for(block, DTYPES[x.dtype])
-        made.append(Descriptor([B, H, S, D], [*strides, 1], block, layout, is_again=bool(made)))
-    return made[0], made[1] if len(made) > 1 else None
+    strides = [stride if size > 1 else 8 for size, stride in zip(x.shape[:3], x.strides, strict=False)]
+    layout = gl.NVMMASharedLayout.get_default_for([1, 1, *block], DTYPES[x.dtype])
+    return Descriptor(list(x.shape), [*strides, 1], [1, 1, *block], layout, is_again)

@@ -1,9 +1,12 @@
-"""How warpgroups of a Hopper kernel wait for each other: rings of tiles that TMA fills, turns at the tensor cores."""
+"""What warpgroups of a Hopper kernel wait for: tiles that TMA fills, numbers of rows, each other."""
 
+from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
+from anymask.kernels.hopper_chunks import allocate_tiles, bytes_of
 from anymask.kernels.record import record
 
 # Triton 3.6 has the longer names only, 3.9 the shorter ones only.
@@ -12,32 +15,27 @@ begin_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy
 IS_NAMED_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
 
+@builtin
+def _reduce_add(tensor, coord, tile, _semantic=None):
+    """Add a tile in shared memory to the tensor (f32) of a descriptor, by TMA: what lies past its end is dropped.
+
+    Committed like a store: tma.store_wait waits until the tile has been read.
+    """
+    coord = _semantic._convert_to_ir_values(coord, require_i64=False)
+    kind = ir.DESCRIPTOR_REDUCE_KIND.ADD
+    _semantic.builder.create_async_tma_reduce(kind, tensor.handle, coord, tile.handle)
+
+
+reduce_add = tma.async_atomic_add if hasattr(tma, "async_atomic_add") else _reduce_add
+
+
 @gluon.jit
-def seen_as(place, chunk):
-    """Shared memory as a block of the descriptor chunk."""
+def seen_as(place, DTYPE: gl.constexpr, SHAPE: gl.constexpr, LAYOUT: gl.constexpr):
+    """Shared memory as another tensor."""
     if IS_NAMED_REINTERPRET:
-        return place.reinterpret(chunk.dtype, chunk.block_type.shape, chunk.layout)
+        return place.reinterpret(DTYPE, SHAPE, LAYOUT)
     else:
-        return place._reinterpret(chunk.dtype, chunk.block_type.shape, chunk.layout)
-
-
-@gluon.jit
-def allocate_tiles(chunks, STAGES: gl.constexpr):
-    """Of each chunk shared memory for STAGES blocks of its descriptor."""
-    tiles = ()
-    for c in gl.static_range(len(chunks)):
-        tiles += (gl.allocate_shared_memory(chunks[c].dtype, stages_of(chunks[c], STAGES), chunks[c].layout),)
-    return tiles
-
-
-@gluon.constexpr_function
-def stages_of(chunk, STAGES):
-    return [STAGES, *chunk.block_type.shape]
-
-
-@gluon.constexpr_function
-def bytes_of(chunks):
-    return sum(chunk.block_type.nbytes for chunk in chunks)
+        return place._reinterpret(DTYPE, SHAPE, LAYOUT)
 
 
 @record
@@ -66,17 +64,27 @@ class Ring:
         return Ring(tiles, full, empty, STAGES)
 
     @gluon.jit
-    def load(self, i, chunks, b, h, start):
-        """Load i: rows start .. start + BLOCK of head h of batch b, zeros where the tensor ends."""
-        NUM_BYTES: gl.constexpr = bytes_of(chunks)
+    def begin(self, i, NUM_BYTES: gl.constexpr):
+        """The barrier that load i, of so many bytes, completes when they have come; its stage is empty then."""
         stage = i % self.STAGES
         full = self.full.index(stage)
         mbarrier.wait(self.empty.index(stage), (i // self.STAGES & 1) ^ 1)
         mbarrier.expect(full, NUM_BYTES)
+        return full
+
+    @gluon.jit
+    def fill(self, i, chunks, b, h, start, full):
+        """Load i, begun: rows start .. start + BLOCK of head h of batch b, zeros where the tensor ends."""
+        stage = i % self.STAGES
         column = 0
         for c in gl.static_range(len(chunks)):
             begin_load(chunks[c], [b, h, start, column], full, self.tiles[c].index(stage))
             column += chunks[c].block_type.shape[3]
+
+    @gluon.jit
+    def load(self, i, chunks, b, h, start):
+        """Load i, which is a tile and nothing else."""
+        self.fill(i, chunks, b, h, start, self.begin(i, bytes_of(chunks)))
 
     @gluon.jit
     def wait(self, i):
@@ -88,6 +96,14 @@ class Ring:
         """[BLOCK, columns] of chunk C of load i."""
         tiles = self.tiles[C]
         return tiles.index(i % self.STAGES).reshape([tiles.shape[3], tiles.shape[4]])
+
+    @gluon.jit
+    def chunks(self, i):
+        """All chunks of load i, side by side."""
+        tiles = ()
+        for c in gl.static_range(len(self.tiles)):
+            tiles += (self.tile(i, c),)
+        return tiles
 
     @gluon.jit
     def release(self, i):
@@ -153,4 +169,11 @@ def wait_turn(WARPGROUP: gl.constexpr):
 def pass_turn(WARPGROUP: gl.constexpr):
     """The other warpgroup's turn begins."""
     ASM: gl.constexpr = barrier_asm("arrive", 1 - WARPGROUP)
+    gl.inline_asm_elementwise(ASM, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def meet():
+    """Both consumers wait for each other, in a kernel without turns."""
+    ASM: gl.constexpr = barrier_asm("sync", 0)
     gl.inline_asm_elementwise(ASM, "=r", [], dtype=gl.int32, is_pure=False, pack=1)

@@ -24,9 +24,9 @@ from anymask.expr.grad import derivative
 from anymask.expr.interval import Grid
 from anymask.expr.ir import Expr
 from anymask.expr.mods import Mods
-from anymask.kernels.configs import Config, HopperConfig
+from anymask.kernels.configs import AnyConfig, Config, HopperBackwardConfig, HopperConfig
 from anymask.kernels.jit import jitted
-from anymask.kernels.plan import KERNELS, Plan, Shape, is_walked, padded, walk_shapes
+from anymask.kernels.plan import KERNELS, Plan, Shape, is_readable_by_tma, is_walked, padded, walk_shapes
 from anymask.kernels.recipe import TENSOR, Layout, Recipe, current_stream
 from anymask.kernels.triton_bwd import dkdv_kernel, dq_kernel
 from anymask.kernels.triton_fwd import forward_kernel
@@ -68,6 +68,10 @@ class Likeness:
     def is_nothing(self) -> bool:
         """There is no query, or no key."""
         return 0 in (*self.q.shape, self.k.shape[2])
+
+    def maps_of(self, kernel: str) -> tuple[int, int] | None:
+        """maps where this kernel walks."""
+        return self.maps if is_walked(self.plan, kernel, self.mods.has_mask) else None
 
     @functools.cached_property
     def is_persistent(self) -> bool:
@@ -127,12 +131,14 @@ class Prepared(NamedTuple):
 
         dlse: the gradient of lse, or None for 0.
         dq first: it leaves lse and delta of each row to dk and dv. Deterministic: each gradient tile has one program
-        that adds in the order of the map.
+        that adds in the order of the map. But for the Hopper kernel where it computes dq too.
         """
         if self.alike.is_nothing:
             dq, dk, dv = (dense_like(x, x.shape[3]).zero_() for x in (q, k, v))
             return dq, dk, dv
         captures = tuple(_readable(captures))
+        if isinstance(self.alike.plan.dkdv, HopperBackwardConfig):
+            return self._hopper_backward(dout, dlse, q, k, v, out, lse, captures)
         # a hook on saved tensors (save_on_cpu) may bring them back with other strides than they had
         strides = tuple([x.stride() for x in (q, k, v, out, dout)])
         of_captures = tuple([x.stride() for x in captures])
@@ -143,6 +149,39 @@ class Prepared(NamedTuple):
         _, columns, lines = self.walks
         dq_recipe(q, k, v, out, dout, lse, *given, dq, rows, *(lines or ()), *captures)
         dkdv_recipe(q, k, v, dout, dk, dv, rows, *(columns or ()), *captures)
+        return dq, dk, dv
+
+    def _hopper_backward(
+        self,
+        dout: Tensor,
+        dlse: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        captures: tuple[Tensor, ...],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """First lse and delta of each row, and a zeroed sum if the kernel of dk and dv adds dq up there; that kernel;
+        then dq from the sum, or by the portable kernel. What TMA cannot read is copied: dout may have any strides.
+        """
+        given = tuple([x.stride() for x in (q, k, v)])
+        q, k, v, dout = (x if is_readable_by_tma(x) else _copied(x) for x in (q, k, v, dout))
+        strides = tuple([x.stride() for x in (q, k, v, out, dout)])
+        of_captures = tuple([x.stride() for x in captures])
+        recipes = _hopper_backward_recipes(self.alike, given, strides, of_captures, dlse is not None)
+        device = q.device
+        dq, dk, dv = [torch.empty_strided(*layout, dtype=q.dtype, device=device) for layout in recipes.made]
+        rows = torch.empty_strided(*recipes.of_rows, dtype=torch.float32, device=device)
+        sums = () if recipes.of_sum is None else (torch.empty(recipes.of_sum, dtype=torch.float32, device=device),)
+        dlses = () if dlse is None else (dlse.contiguous(),)
+        _, columns, lines = self.walks
+        recipes.rows(out, dout, lse, *dlses, rows, *sums)
+        recipes.dkdv(q, k, v, dout, rows, *sums, dk, dv, *(columns or ()), *captures)
+        if sums:
+            recipes.dq(*sums, dq)
+        else:
+            recipes.dq(q, k, v, out, dout, lse, *dlses, dq, *(lines or ()), *captures)
         return dq, dk, dv
 
 
@@ -215,7 +254,7 @@ def _forward_recipe(alike: Likeness) -> Recipe:
     config = plan.forward
     assert config is not None, "a plan of another backend"
     tile_q, tile_kv = walk_shapes(plan, alike.tile)[0][0]
-    maps = alike.maps if is_walked("forward", alike.mods.has_mask) else None
+    maps = alike.maps_of("forward")
     is_hopper = isinstance(config, HopperConfig)
     if isinstance(config, HopperConfig) and maps is None:
         tile_q, tile_kv = config.BLOCK_Q, config.BLOCK_KV
@@ -280,21 +319,20 @@ def _backward_recipes(
     B, Hq, Sq, D = alike.q.shape
     Hkv, Skv, Dv = alike.v.shape[1:]
     G = Hq // Hkv
-    q, k, v, out, dout = strides
+    q, k, v, _, dout = strides
     inputs = zip((alike.q, alike.k, alike.v), strides, strict=False)
     made: list[tuple[Sizes, Strides]] = [(x.shape, dense_strides(x.shape, of_x, x.shape[3])) for x, of_x in inputs]
     dq, dk, dv = [of_x for _, of_x in made]
     captures = tuple(x._replace(strides=of_x) for x, of_x in zip(alike.captures, of_captures, strict=True))
     bindings, wide = _bind(captures, alike.ints, alike.floats)
-    dkdv, dq_config = _config(plan.dkdv), _config(plan.dq)
+    dkdv = _config(plan.dkdv)
     _, (columns_tile, _), (lines_tile, _) = walk_shapes(plan, alike.tile)
     # of what lies past the end, rows are not stored, and what they are multiplied with is hidden
     overhang = _overhang(Sq % columns_tile[0] or Sq % lines_tile[0], Skv % columns_tile[1] or Skv % lines_tile[1])
     mask, score, score_gradient = _functions(alike.mods, wide, plan.is_ptx, overhang, has_gradient=True)
-    num_columns, num_lines = _ceil(Skv, columns_tile[1]), _ceil(Sq, lines_tile[0])
+    num_columns = _ceil(Skv, columns_tile[1])
     padded_Sq = _ceil(Sq, columns_tile[0]) * columns_tile[0]
     row_bytes = (D + Dv) * alike.q.dtype.itemsize
-    dq_maps = alike.maps if is_walked("dq", alike.mods.has_mask) else None
     shared = dict(
         MASK=mask,
         SCORE=score,
@@ -304,41 +342,7 @@ def _backward_recipes(
         **_head_dims(D, Dv),
         **_addressing(*strides, dq, dk, dv),
     )
-    dq_recipe = Recipe(
-        alike.q.device,
-        dq_kernel,
-        B * Hq * num_lines * lines_tile[0] // dq_config.BLOCK_Q,
-        TENSOR,
-        TENSOR,
-        TENSOR,
-        TENSOR,
-        TENSOR,
-        TENSOR,
-        TENSOR if has_dlse else None,
-        TENSOR,
-        TENSOR,
-        q,
-        k,
-        v,
-        out,
-        dout,
-        dq,
-        *_walk_arguments(dq_maps, _ceil(Skv, lines_tile[1]), num_lines, B * Hq, G, Skv * row_bytes, plan),
-        Hq,
-        Sq,
-        Skv,
-        padded_Sq,
-        scale,
-        bindings,
-        BLOCK_Q=dq_config.BLOCK_Q,
-        BLOCK_KV=dq_config.BLOCK_KV,
-        TILE_Q=lines_tile[0],
-        TILE_KV=lines_tile[1],
-        IS_EVEN_KV=Skv % lines_tile[1] == 0,
-        num_warps=dq_config.num_warps,
-        num_stages=dq_config.num_stages,
-        **shared,
-    )
+    dq_recipe = _dq_recipe(alike, strides, dq, bindings, has_dlse, padded_Sq, shared)
     dkdv_recipe = Recipe(
         alike.q.device,
         dkdv_kernel,
@@ -375,18 +379,142 @@ def _backward_recipes(
     return dq_recipe, dkdv_recipe, made, (B, Hq, padded_Sq, 2)
 
 
+def _dq_recipe(
+    alike: Likeness,
+    strides: tuple[Strides, ...],
+    dq: Strides,
+    bindings: Any,
+    has_dlse: bool,
+    padded_Sq: int | None,
+    shared: dict[str, Any],
+) -> Recipe:
+    """For q, k, v, out, dout, lse, dlse if there is one, dq, rows if padded_Sq is given, then as all recipes.
+
+    strides: of q, k, v, out, dout.
+    """
+    plan, scale = alike.plan, alike.scale
+    B, Hq, Sq, D = alike.q.shape
+    Hkv, Skv, Dv = alike.v.shape[1:]
+    G = Hq // Hkv
+    dq_config = _config(plan.dq)
+    lines_tile, _ = walk_shapes(plan, alike.tile)[2]
+    num_lines = _ceil(Sq, lines_tile[0])
+    row_bytes = (D + Dv) * alike.q.dtype.itemsize
+    maps = alike.maps_of("dq")
+    return Recipe(
+        alike.q.device,
+        dq_kernel,
+        B * Hq * num_lines * lines_tile[0] // dq_config.BLOCK_Q,
+        TENSOR,
+        TENSOR,
+        TENSOR,
+        TENSOR,
+        TENSOR,
+        TENSOR,
+        TENSOR if has_dlse else None,
+        TENSOR,
+        None if padded_Sq is None else TENSOR,
+        *strides,
+        dq,
+        *_walk_arguments(maps, _ceil(Skv, lines_tile[1]), num_lines, B * Hq, G, Skv * row_bytes, plan),
+        Hq,
+        Sq,
+        Skv,
+        padded_Sq,
+        scale,
+        bindings,
+        BLOCK_Q=dq_config.BLOCK_Q,
+        BLOCK_KV=dq_config.BLOCK_KV,
+        TILE_Q=lines_tile[0],
+        TILE_KV=lines_tile[1],
+        IS_EVEN_KV=Skv % lines_tile[1] == 0,
+        num_warps=dq_config.num_warps,
+        num_stages=dq_config.num_stages,
+        **shared,
+    )
+
+
+class HopperRecipes(NamedTuple):
+    """What Prepared._hopper_backward starts, and the sizes and strides of what it makes."""
+
+    rows: Recipe  # out, dout, lse, dlse if there is one, rows, the sum of dQ if there is one
+    dkdv: Recipe  # q, k, v, dout, rows, that sum, dk, dv, the walk's tensors, captured ones
+    dq: Recipe  # that sum and dq; or as _dq_recipe without rows
+    made: list[tuple[Sizes, Strides]]  # dq, dk, dv
+    of_rows: tuple[Sizes, Strides]
+    of_sum: Sizes | None
+
+
+@functools.lru_cache(maxsize=1024)
+def _hopper_backward_recipes(
+    alike: Likeness,
+    given: tuple[Strides, ...],
+    strides: tuple[Strides, ...],
+    of_captures: tuple[Strides, ...],
+    has_dlse: bool,
+) -> HopperRecipes:
+    """given: the strides of q, k, v, which dq, dk, dv follow.  strides: of q, k, v, out, dout as kernels read them."""
+    from anymask.kernels import hopper_launch
+
+    plan, scale = alike.plan, alike.scale
+    config = plan.dkdv
+    assert isinstance(config, HopperBackwardConfig), "a plan of another backend"
+    B, Hq, Sq, D = alike.q.shape
+    Hkv, Skv, Dv = alike.v.shape[1:]
+    inputs = (alike.q, alike.k, alike.v)
+    made = [x._replace(strides=dense_strides(x.shape, of_x, x.shape[3])) for x, of_x in zip(inputs, given, strict=True)]
+    q, k, v, out, dout = [
+        x._replace(strides=of_x) for x, of_x in zip((*inputs, alike.out, alike.out), strides, strict=True)
+    ]
+    captures = tuple(x._replace(strides=of_x) for x, of_x in zip(alike.captures, of_captures, strict=True))
+    bindings, wide = _bind(captures, alike.ints, alike.floats)
+    maps = alike.maps_of("dkdv")
+    _, (tile, _), (lines_tile, _) = walk_shapes(plan, alike.tile)
+    if maps is None:
+        tile = config.BLOCK_Q, config.BLOCK_KV
+    # queries past the end are zeros, and keys past it hidden
+    overhang = _overhang(Sq % tile[0], Skv % tile[1])
+    mask, score, score_gradient = _functions(alike.mods, wide, plan.is_ptx, overhang, has_gradient=True)
+    head_bytes = Sq * (Hq // Hkv) * (D + Dv) * q.dtype.itemsize
+    walk = _walk_arguments(maps, _ceil(Sq, tile[0]), _ceil(Skv, tile[1]), B * Hkv, 1, head_bytes, plan)
+    functions = (None if maps is None else mask, score, score_gradient)
+    _, dk, dv = made
+    dkdv = hopper_launch.backward_recipe(q, k, v, dout, dk, dv, walk, tile, scale, bindings, *functions, config)
+    rows = hopper_launch.rows_layout(q)
+    of_rows = _addressing(out.strides, dout.strides)
+    rows_recipe = hopper_launch.rows_recipe(out, dout, rows, D, has_dlse, config.is_fused, of_rows)
+    if config.is_fused:
+        dq = hopper_launch.dq_recipe(made[0], scale, _addressing(made[0].strides))
+    else:
+        overhang = _overhang(Sq % lines_tile[0], Skv % lines_tile[1])
+        mask, score, score_gradient = _functions(alike.mods, wide, plan.is_ptx, overhang, has_gradient=True)
+        shared = dict(
+            MASK=mask,
+            SCORE=score,
+            SCORE_GRAD=score_gradient,
+            G=Hq // Hkv,
+            PRECISION=plan.precision,
+            **_head_dims(D, Dv),
+            **_addressing(*strides, made[0].strides),
+        )
+        dq = _dq_recipe(alike, strides, made[0].strides, bindings, has_dlse, None, shared)
+    of_sum = tuple(q.shape) if config.is_fused else None
+    return HopperRecipes(rows_recipe, dkdv, dq, [x[:2] for x in made], rows[:2], of_sum)
+
+
 def walks(blocks: BlockMap, plan: Plan, has_mask: bool = True) -> dict[str, tuple[Walk | None, tuple[int, int]]]:
     """By kernel its walk, made once for a map, and the walk's tile: the bigger of the map's and the kernel's.
 
     None for a kernel that does not walk (plan.is_walked).
     """
     shapes = dict(zip(KERNELS, walk_shapes(plan, blocks.tile), strict=True))
-    walked = tuple([shape for kernel, shape in shapes.items() if is_walked(kernel, has_mask)])
+    walked = tuple([shape for kernel, shape in shapes.items() if is_walked(plan, kernel, has_mask)])
     what = ("walks", walked, blocks.tile, blocks.Skv)
     made = cache.find(what, blocks.device, (blocks.kinds,), lambda: make_walks(blocks, *walked), is_ours=True)
     by_shape = dict(zip(walked, made, strict=True))
     return {
-        kernel: (by_shape[shape] if is_walked(kernel, has_mask) else None, shape[0]) for kernel, shape in shapes.items()
+        kernel: (by_shape[shape] if is_walked(plan, kernel, has_mask) else None, shape[0])
+        for kernel, shape in shapes.items()
     }
 
 
@@ -430,7 +558,7 @@ def _walk_recipes(
         layouts[shape] = (Bm, Hm, num_rows, 2, _ceil(num_columns, WORD)), (Bm, Hm, num_rows, 3)
         numbers.append((q_tiles, kv_tiles, int(is_kv_row)))
         lengths.append(num_rows)
-    if 0 in kinds:
+    if 0 in kinds or not shapes:
         return layouts, None
     unused = 3 - len(lengths)
     walkers, rankers = (Bm * Hm * sum(_ceil(length, size) for length in lengths) for size in (WALK_ROWS, ORDER_ROWS))
@@ -600,7 +728,11 @@ def _addressing(*strides: tuple[int, ...]) -> dict[str, Any]:
     return {"ALIGN": 8 if is_aligned else 1, "WIDE": is_wide}
 
 
-def _config(config: Config | HopperConfig | None) -> Config:
+def _copied(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _config(config: AnyConfig | None) -> Config:
     assert isinstance(config, Config), "a plan of another backend"
     return config
 

@@ -17,10 +17,13 @@ from anymask.expr.ir import DType, Op
 from anymask.expr.mods import Mods
 from anymask.kernels.configs import (
     FAMILIES,
+    HOPPER_BACKWARD_STAGES,
     RAGGED_BYTES,
     REGULAR_BYTES,
     SHARED_LIMITS,
+    AnyConfig,
     Config,
+    HopperBackwardConfig,
     HopperConfig,
     hopper_config,
     lookup,
@@ -35,7 +38,8 @@ KERNELS = ("forward", "dkdv", "dq")
 class Plan:
     """What launch obeys. All but backend, arch and why are for Triton.
 
-    backend: "gluon" where the forward is the Hopper kernel; its backward is that of "triton".
+    backend: "gluon" where the forward is the Hopper kernel.  dkdv: of the Hopper kernel where that computes dK and dV;
+    dq is None where it computes dQ too.
     precision: of float32 products, "ieee" or "tf32".  shared_bytes: heads run together while what their programs read
     in common stays below this.
     """
@@ -43,7 +47,7 @@ class Plan:
     backend: str
     arch: str = ""
     forward: Config | HopperConfig | None = None
-    dkdv: Config | None = None
+    dkdv: Config | HopperBackwardConfig | None = None
     dq: Config | None = None
     precision: str = "ieee"
     shared_bytes: int = 0
@@ -82,23 +86,25 @@ def choose(
     *,
     arch: str,
     backend: str | None = None,
-    config: Mapping[str, Config | Mapping[str, Any]] | None = None,
+    config: Mapping[str, AnyConfig | Mapping[str, Any]] | None = None,
     deterministic: bool | None = None,
     tma_obstacle: str | None = None,
 ) -> Plan:
     """The plan of a call whose map has tiles of `tile` (queries, keys) on `arch` (see arch_of).
 
     backend: None for the best that can do it.  config: by kernel ("forward", "dkdv", "dq") a Config, or some of its
-    fields by name, instead of the row's; for the forward of "gluon" those of HopperConfig. Both are obeyed or raise
-    UnsupportedError.  deterministic: every backend is, so nothing depends on it.  tma_obstacle: what keeps TMA from
-    reading q, k and v (see tma_obstacle_of).
+    fields by name, instead of the row's; for the forward of "gluon" those of HopperConfig; for "dkdv" those of
+    HopperBackwardConfig, is_fused among them, ask for the Hopper kernel. Both are obeyed or raise UnsupportedError.
+    deterministic: every kernel is but the Hopper backward where is_fused.  tma_obstacle: what keeps TMA from reading
+    q, k and v (see tma_obstacle_of).
     """
     if backend is not None and backend not in BACKENDS:
         raise UnsupportedError(f"backend={backend!r} is none of {', '.join(BACKENDS)}")
     obstacle = _obstacle(problem, tile, arch)
     if backend in ("gluon", "triton") and obstacle:
         raise UnsupportedError(f"backend={backend!r} cannot run this: {obstacle}. backend='eager' can")
-    why_no_gluon = _gluon_obstacle(problem.D, problem.Dv, problem.dtype, arch, _triton_version()) or tma_obstacle
+    why_no_hopper = _gluon_obstacle(problem.D, problem.Dv, problem.dtype, arch, _triton_version()) or tma_obstacle
+    why_no_gluon = why_no_hopper
     if backend == "gluon" and why_no_gluon:
         raise UnsupportedError(f"backend='gluon' cannot run this: {why_no_gluon}. backend='triton' can")
     if backend is None:
@@ -109,7 +115,7 @@ def choose(
         if config and "forward" in config:
             why_no_gluon = why_no_gluon or "config= sets the portable forward"
     elif backend == "triton":
-        why_no_gluon = "backend='triton'"
+        why_no_gluon = why_no_hopper = "backend='triton'"
     hopper = None
     if not why_no_gluon:
         Sq = problem.Sq if backend is None else 1 << 62
@@ -138,12 +144,15 @@ def choose(
     wanted: dict[str, Any] = {}
     for kernel in config:
         default = getattr(plan, kernel)
-        if isinstance(default, HopperConfig):
+        if kernel == "dkdv" and _is_hopper_backward(config[kernel]):
+            wanted |= _hopper_backward(config, why_no_hopper, deterministic, problem.D, problem.Dv)
+        elif isinstance(default, HopperConfig):
             wanted[kernel] = _override_hopper(default, config[kernel], tile, problem.D, problem.Dv)
         else:
             wanted[kernel] = _override(kernel, default, config[kernel], need)
     plan = replace(plan, **wanted)
-    return replace(plan, why=f"{plan.why}; config= sets {', '.join(f'{name} {wanted[name]}' for name in wanted)}")
+    says = ", ".join(f"{name} {wanted[name]}" for name in wanted if wanted[name])
+    return replace(plan, why=f"{plan.why}; config= sets {says}")
 
 
 @functools.lru_cache(maxsize=4096)
@@ -197,21 +206,25 @@ Shape = tuple[tuple[int, int], bool]
 
 @functools.lru_cache(maxsize=4096)
 def walk_shapes(plan: Plan, tile: tuple[int, int]) -> tuple[Shape, ...]:
-    """The shapes of the walks that KERNELS take of a map of this tile: the bigger of its tile and the kernel's."""
-    shapes = []
+    """The shapes of the walks that KERNELS take of a map of this tile: the bigger of its tile and the kernel's.
+
+    Where dkdv computes dQ too, its walk stands for that of dq.
+    """
+    shapes = {}
     for kernel in KERNELS:
-        config: Config | HopperConfig = getattr(plan, kernel)
-        shapes.append(((max(tile[0], config.BLOCK_Q), max(tile[1], config.BLOCK_KV)), kernel == "dkdv"))
-    return tuple(shapes)
+        config: AnyConfig | None = getattr(plan, kernel)
+        if config is not None:
+            shapes[kernel] = (max(tile[0], config.BLOCK_Q), max(tile[1], config.BLOCK_KV)), kernel == "dkdv"
+    return tuple(shapes.get(kernel, shapes["dkdv"]) for kernel in KERNELS)
 
 
-def is_walked(kernel: str, has_mask: bool) -> bool:
-    """Whether this kernel walks the map. Without a mask the others count all tiles, but dK/dV walks then too.
+def is_walked(plan: Plan, kernel: str, has_mask: bool) -> bool:
+    """Whether this kernel walks the map. Without a mask the others count all tiles, but the portable dK/dV walks.
 
     Counted, its products are issued later, and dQ's are not: H200, no mask, D 64, dK/dV 4960 counted, 4095 us walked,
     dQ 2586 and 2951; D 128 3705 and 3814, 2624 and 2542.
     """
-    return has_mask or kernel == "dkdv"
+    return has_mask or (kernel == "dkdv" and isinstance(plan.dkdv, Config))
 
 
 def padded(D: int) -> int:
@@ -324,12 +337,16 @@ def _gluon_obstacle(D: int, Dv: int, dtype: torch.dtype, arch: str, triton_versi
 def tma_obstacle_of(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """What keeps TMA from reading these tensors where they lie, or None."""
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.data_ptr() % 16:
+        if not is_readable_by_tma(x):
+            obstacle = _stride_obstacle(x.shape, x.stride(), x.dtype.itemsize)
+            if obstacle:
+                return f"{name} has the strides {x.stride()}: {obstacle}"
             return f"{name} does not begin at a multiple of 16 bytes"
-        obstacle = _stride_obstacle(x.shape, x.stride(), x.dtype.itemsize)
-        if obstacle:
-            return f"{name} has the strides {x.stride()}: {obstacle}"
     return None
+
+
+def is_readable_by_tma(x: Tensor) -> bool:
+    return x.data_ptr() % 16 == 0 and _stride_obstacle(x.shape, x.stride(), x.dtype.itemsize) is None
 
 
 @functools.lru_cache(maxsize=4096)
@@ -390,7 +407,54 @@ def _override_hopper(default: HopperConfig, wanted: Any, tile: tuple[int, int], 
     return config
 
 
-def _override(kernel: str, default: Config, wanted: Config | Mapping[str, Any], need: Need) -> Config:
+def hopper_backward_shared_memory(config: HopperBackwardConfig, D: int, Dv: int) -> int:
+    """Bytes of shared memory that the Hopper backward needs at most: K, V, stages of Q and dO with lse and delta, dS of
+    two steps, dQ.
+    """
+    block_q, block_kv = config.BLOCK_Q, config.BLOCK_KV
+    fused = 2 * 2 * block_q * block_kv + 4 * block_q * D if config.is_fused else 0
+    return 2 * (block_kv + config.num_stages * block_q) * (D + Dv) + config.num_stages * 8 * block_q + fused + 1024
+
+
+def _is_hopper_backward(wanted: Any) -> bool:
+    return isinstance(wanted, HopperBackwardConfig) or (isinstance(wanted, Mapping) and "is_fused" in wanted)
+
+
+def _hopper_backward(
+    config: Mapping[str, Any], why_not: str | None, deterministic: bool | None, D: int, Dv: int
+) -> dict[str, Any]:
+    """What the user's config["dkdv"] makes of the plan, checked. why_not: why no Hopper kernel can run."""
+    wanted = config["dkdv"]
+    if {D, Dv} - set(HOPPER_BACKWARD_STAGES):
+        dims = " and ".join(map(str, HOPPER_BACKWARD_STAGES))
+        why_not = why_not or f"it takes D and Dv of {dims}, not {D} and {Dv}"
+    if why_not:
+        raise UnsupportedError(
+            f"config['dkdv'] = {wanted} asks for the Gluon backward, which cannot run this: {why_not}"
+        )
+    try:
+        default = HopperBackwardConfig(HOPPER_BACKWARD_STAGES[max(D, Dv)], is_fused=True)
+        chosen = wanted if isinstance(wanted, HopperBackwardConfig) else replace(default, **wanted)
+    except TypeError:
+        raise UnsupportedError(
+            f"config['dkdv'] = {wanted} should name is_fused and num_stages of the Gluon backward"
+        ) from None
+    if chosen.is_fused and deterministic:
+        raise UnsupportedError(
+            "config['dkdv']: where is_fused, the Gluon backward adds up dq in any order, and deterministic=True was "
+            "asked for. Try is_fused=False"
+        )
+    if chosen.is_fused and "dq" in config:
+        raise UnsupportedError("config['dq']: the Gluon backward computes dq too where is_fused. Try is_fused=False")
+    size, limit = hopper_backward_shared_memory(chosen, D, Dv), SHARED_LIMITS["sm_90"]
+    if chosen.num_stages < 1 or size > limit:
+        raise UnsupportedError(
+            f"config['dkdv']: {chosen} takes {size} bytes of shared memory of {limit}. Try other num_stages"
+        )
+    return {"dkdv": chosen, "dq": None} if chosen.is_fused else {"dkdv": chosen}
+
+
+def _override(kernel: str, default: Config, wanted: Any, need: Need) -> Config:
     """The user's config, checked."""
     try:
         config = wanted if isinstance(wanted, Config) else replace(default, **wanted)

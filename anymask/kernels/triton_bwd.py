@@ -325,7 +325,8 @@ def dq_kernel(
     lse_pointer,  # [B, Hq, Sq] f32, contiguous
     dlse_pointer,  # the same, or None
     dq_pointer,  # [B, Hq, Sq, D]
-    rows_pointer,  # [B, Hq, padded_Sq, 2] f32, contiguous: lse in base 2 (+inf for a row without keys: P = 0), delta
+    rows_pointer,  # [B, Hq, padded_Sq, 2] f32, contiguous: lse in base 2 (+inf for a row without keys: P = 0), delta;
+    # or None, and then padded_Sq too
     q_strides,
     k_strides,
     v_strides,
@@ -411,9 +412,10 @@ def dq_kernel(
     if dlse_pointer is not None:
         delta -= tl.load(dlse_pointer + offsets, mask=q_idx < Sq, other=0.0)
     lse_log2 = tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
-    # [BLOCK_Q, 2]
-    pairs = (head.to(tl.int64) * aligned(padded_Sq, 16) + q_idx) * 2 + tl.arange(0, 2)[None, :]
-    tl.store(rows_pointer + pairs, tl.where(tl.arange(0, 2)[None, :] == 0, lse_log2, delta), mask=q_idx < Sq)
+    if rows_pointer is not None:
+        # [BLOCK_Q, 2]
+        pairs = (head.to(tl.int64) * aligned(padded_Sq, 16) + q_idx) * 2 + tl.arange(0, 2)[None, :]
+        tl.store(rows_pointer + pairs, tl.where(tl.arange(0, 2)[None, :] == 0, lse_log2, delta), mask=q_idx < Sq)
 
     dq = tl.zeros([BLOCK_Q, D_PAD], tl.float32)
     for IS_FULL in tl.static_range(walk is None and IS_EVEN_KV, 2):

@@ -14,6 +14,7 @@ from anymask.expr.mods import Mods
 from anymask.kernels import plan as plan_module
 from anymask.kernels.configs import (
     FAMILIES,
+    HOPPER_BACKWARD_STAGES,
     HOPPER_REGISTERS,
     HOPPER_ROWS,
     RAGGED_BYTES,
@@ -21,6 +22,7 @@ from anymask.kernels.configs import (
     ROWS,
     SHARED_LIMITS,
     Config,
+    HopperBackwardConfig,
     HopperConfig,
 )
 from anymask.kernels.plan import (
@@ -31,6 +33,7 @@ from anymask.kernels.plan import (
     chunks,
     default_tile,
     family_of,
+    hopper_backward_shared_memory,
     hopper_shared_memory,
     padded,
     shared_memory,
@@ -140,6 +143,15 @@ def test_why_says_what_was_chosen() -> None:
         ({"backend": "gluon", "config": {"forward": {"BLOCK_Q": 192}}}, "none divides"),
         ({"backend": "gluon", "tile": (64, 64), "config": {"forward": {"BLOCK_Q": 192}}}, "two warpgroups take turns"),
         ({"backend": "gluon", "config": {"forward": {"num_stages": 4}}}, "fewer stages"),
+        ({"arch": "sm_80", "config": {"dkdv": {"is_fused": True}}}, "Gluon backward.* for sm_90, not sm_80"),
+        ({"D": 96, "config": {"dkdv": {"is_fused": True}}}, "Gluon backward.* not 96 and 96"),
+        ({"backend": "triton", "config": {"dkdv": {"is_fused": True}}}, "Gluon backward.* backend='triton'"),
+        ({"tma_obstacle": "q is odd", "config": {"dkdv": {"is_fused": True}}}, "q is odd"),
+        ({"config": {"dkdv": {"is_fused": True, "BLOCK_Q": 64}}}, "should name is_fused and num_stages"),
+        ({"config": {"dkdv": {"is_fused": True, "num_stages": 4}}}, "other num_stages"),
+        ({"config": {"dkdv": {"is_fused": True, "num_stages": 0}}}, "other num_stages"),
+        ({"config": {"dkdv": {"is_fused": True}, "dq": {"BLOCK_Q": 64}}}, "dq too"),
+        ({"deterministic": True, "config": {"dkdv": {"is_fused": True}}}, "Try is_fused=False"),
         ({"backend": "eager", "config": {"forward": {"BLOCK_Q": 64}}}, "Triton kernels"),
         ({"config": {"backward": {"BLOCK_Q": 64}}}, "forward, dkdv, dq"),
         ({"config": {"forward": {"BLOCK_M": 64}}}, "BLOCK_Q, BLOCK_KV"),
@@ -225,6 +237,28 @@ def test_hopper_config_is_obeyed() -> None:
     assert not choose(problem(128), NONE, (64, 64), arch="sm_90").forward.is_persistent
 
 
+@pytest.mark.parametrize("is_given_as_object", [False, True])
+def test_the_hopper_backward_is_taken_where_config_asks_for_it(is_given_as_object: bool) -> None:
+    def plan(is_fused: bool, tile: tuple[int, int] = (64, 64), **arguments: Any) -> Plan:
+        stages = HOPPER_BACKWARD_STAGES[128]
+        wanted = HopperBackwardConfig(stages, is_fused) if is_given_as_object else {"is_fused": is_fused}
+        return choose(problem(128), HEAVY, tile, arch="sm_90", config={"dkdv": wanted}, **arguments)
+
+    portable = choose(problem(128), HEAVY, (64, 64), arch="sm_90")
+    assert isinstance(portable.dkdv, Config) and isinstance(portable.dq, Config)
+    for arguments in ({}, {"backend": "gluon"}):
+        fused, apart = plan(True, **arguments), plan(False, **arguments, deterministic=True)
+        assert fused.forward == apart.forward == portable.forward
+        assert isinstance(fused.dkdv, HopperBackwardConfig) and fused.dkdv.is_fused and fused.dq is None
+        assert isinstance(apart.dkdv, HopperBackwardConfig) and not apart.dkdv.is_fused and apart.dq == portable.dq
+        assert "config= sets dkdv 64x128 and dq in Gluon" in fused.why and "dkdv 64x128 in Gluon" in apart.why
+        assert walk_shapes(fused, (64, 64))[1:] == (((64, 128), True),) * 2
+        assert walk_shapes(apart, (64, 64))[1] == ((64, 128), True) and not walk_shapes(apart, (64, 64))[2][1]
+    assert walk_shapes(plan(True, (256, 256)), (256, 256))[1] == ((256, 256), True)
+    # where the map's tiles are too small for the forward, which is portable then
+    assert isinstance(plan(True, (16, 32)).forward, Config) and plan(True, (16, 32)).dkdv == fused.dkdv
+
+
 def test_the_faster_forward_is_taken() -> None:
     def plan(mods: Mods, Sq: int, D: int, tile: int = 64) -> Plan:
         p = Problem(1, 4, 2, Sq, 4096, D, D, torch.bfloat16, CPU)
@@ -251,6 +285,9 @@ def test_hopper_rows_fit() -> None:
         config = choose(problem(D, Dv), NONE, (64, 64), arch="sm_90", backend="gluon").forward
         assert isinstance(config, HopperConfig)
         assert hopper_shared_memory(config, D, Dv) <= SHARED_LIMITS["sm_90"]
+    for D, Dv in itertools.product(HOPPER_BACKWARD_STAGES, HOPPER_BACKWARD_STAGES):
+        backward = HopperBackwardConfig(HOPPER_BACKWARD_STAGES[max(D, Dv)], is_fused=True)
+        assert hopper_backward_shared_memory(backward, D, Dv) <= SHARED_LIMITS["sm_90"]
     for row in HOPPER_ROWS:
         at_entry, roles = HOPPER_REGISTERS[row.forward.num_consumers]
         # the first role gets what the others leave; the producer's registers are taken for a whole warpgroup

@@ -1,0 +1,475 @@
+"""Backward on Hopper (sm_90): a producer warp loads tiles by TMA, two consumer warpgroups of 64 keys each compute.
+
+A program has a tile of keys and walks the queries that see them. A consumer's step, everything transposed:
+S^T = K Q^T and dP^T = V dO^T issued; P^T while dP^T runs; dV += P^T dO issued; dS^T to shared memory, where the other
+consumer reads it; dQ = dS K issued, of which each consumer computes half the columns; dK += dS^T Q issued; dQ added to
+its accumulator by TMA. P^T and dS^T are operands in registers, dK and dV stay there to the end.
+docs/notes/006-hopper-backward.md has why; hopper_rows.py what comes before and after.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from anymask.kernels.functions import opaque
+from anymask.kernels.hopper_chunks import accumulator, accumulators, allocate_tiles, bytes_of, chunks_of, finished
+from anymask.kernels.hopper_pipeline import Ring, begin_load, begin_store, meet, reduce_add, seen_as
+from anymask.kernels.hopper_walk import Counting, Walking
+from anymask.kernels.record import record
+from anymask.kernels.tile import hidden, log2_probability, map_of, ranked_row, work_of
+
+ROWS = gl.constexpr(64)  # keys of a consumer, and queries of a step
+NUM_CONSUMERS = gl.constexpr(2)
+
+
+@record
+class Call:
+    """The arguments of hopper_backward_kernel, as its roles read them."""
+
+    q: gl.tuple  # of descriptors, one for each chunk of columns
+    k: gl.tuple
+    v: gl.tuple
+    dout: gl.tuple
+    rows: tma.tensor_descriptor
+    dq: gl.tuple | gl.constexpr
+    dk: gl.tuple
+    dv: gl.tuple
+    walk: gl.tuple | gl.constexpr
+    num_words: gl.tensor | gl.constexpr
+    map_strides: gl.tuple
+    num_rows: gl.tensor
+    num_heads: gl.tensor
+    heads_together: gl.tensor
+    Hkv: gl.tensor
+    Sq: gl.tensor
+    Skv: gl.tensor
+    scale: gl.tensor
+    bindings: gl.tuple
+    MASK: gl.constexpr
+    SCORE: gl.constexpr
+    SCORE_GRAD: gl.constexpr
+    G: gl.constexpr
+    BLOCK_KV: gl.constexpr
+    TILE_Q: gl.constexpr
+    TILE_KV: gl.constexpr
+    IS_EVEN_Q: gl.constexpr
+    IS_EVEN_KV: gl.constexpr
+
+
+@record
+class Work:
+    """A tile of keys of one head: the row of the transposed map, and its first key."""
+
+    b: gl.tensor
+    h_kv: gl.tensor
+    row: gl.tensor
+    kv_start: gl.tensor
+
+
+@gluon.jit
+def work_of_program(call):
+    """Where query heads have maps of their own, the first one's order holds for all that share keys."""
+    head, rank, part = work_of(
+        gl.program_id(0), call.num_rows, call.num_heads, call.heads_together, call.TILE_KV, call.BLOCK_KV
+    )
+    b = head // call.Hkv
+    h_kv = head % call.Hkv
+    row = ranked_row(call.walk, map_of(call.map_strides, b, h_kv * call.G) * call.num_rows, rank)
+    return Work(b, h_kv, row, row * call.TILE_KV + part * call.BLOCK_KV)
+
+
+@record
+class Visit:
+    """The steps of one query head over tiles of queries: num_masked, then num_full."""
+
+    h: gl.tensor
+    num_masked: gl.tensor
+    num_full: gl.tensor
+    masked: Walking | Counting
+    full: Walking | Counting
+
+
+@gluon.jit
+def visit_of(call, work, g):
+    """Of the g-th query head that reads these keys.
+
+    Without a walk it is all queries, as masked ones where the tile hangs over the end of the keys. (Queries past the
+    end are zeros, and so are their lse and delta: P dO = 0 and dS = 0.)
+    """
+    TILE_Q: gl.constexpr = call.TILE_Q
+    h = work.h_kv * call.G + g
+    if call.walk is None:
+        num_steps = gl.cdiv(call.Sq, ROWS)
+        num_masked = gl.where(work.kv_start + call.BLOCK_KV > call.Skv, num_steps, 0)
+        tiles = Counting(gl.to_tensor(0), ROWS)
+        return Visit(h, num_masked, num_steps - num_masked, tiles, tiles)
+    else:
+        row = map_of(call.map_strides, work.b, h) * call.num_rows + work.row
+        masked, num_masked = Walking.open(call.walk, call.num_words, row, TILE_Q, ROWS, False)
+        full, num_full = Walking.open(call.walk, call.num_words, row, TILE_Q, ROWS, True)
+        return Visit(h, num_masked, num_full, masked, full)
+
+
+@record
+class Shared:
+    """What lies in shared memory. In k and v a stage is the keys of a consumer.
+
+    starts: the first query of each stage of q.  rows: their lse and -delta, one after the other.
+    ds: dS^T of the consumers, of even and odd steps.  dq: of each chunk half the columns of dQ, of each consumer. Both
+    are None where dQ is not computed here.
+    """
+
+    q: Ring
+    dout: Ring
+    k: Ring
+    v: Ring
+    starts: gl.shared_memory_descriptor  # [STAGES, 1] int32
+    rows: gl.shared_memory_descriptor  # [STAGES, 1, 1, 2, ROWS] f32
+    ds: gl.shared_memory_descriptor | gl.constexpr  # [2 * NUM_CONSUMERS, ROWS, ROWS]
+    dq: gl.tuple | gl.constexpr  # [NUM_CONSUMERS, 1, 1, ROWS, columns / 2] f32
+
+
+# --- the producer ---
+
+
+@gluon.jit
+def load_tiles(call, shared):
+    """Role of one warp: load what the consumers read. The walk is a step ahead of the loads."""
+    work = work_of_program(call)
+    for consumer in gl.static_range(NUM_CONSUMERS):
+        shared.k.load(consumer, call.k, work.b, work.h_kv, work.kv_start + consumer * ROWS)
+        shared.v.load(consumer, call.v, work.b, work.h_kv, work.kv_start + consumer * ROWS)
+    i = 0
+    for g in range(call.G):
+        visit = visit_of(call, work, g)
+        for IS_FULL in gl.static_range(2):
+            if IS_FULL:
+                tiles = visit.full
+                num_steps = visit.num_full
+            else:
+                tiles = visit.masked
+                num_steps = visit.num_masked
+            for step in range(num_steps):
+                q_start = tiles.start(step)
+                tiles = tiles.after(step)
+                full = shared.q.begin(i, bytes_of(call.q) + call.rows.block_type.nbytes)
+                stage = i % shared.q.STAGES
+                # so consumers need no walk; the barrier of dout, whose load begins after this, tells them of it
+                shared.starts.index(stage).store(gl.full([1], q_start, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+                begin_load(call.rows, [work.b, visit.h, 0, q_start], full, shared.rows.index(stage))
+                shared.q.fill(i, call.q, work.b, visit.h, q_start, full)
+                shared.dout.load(i, call.dout, work.b, visit.h, q_start)
+                i += 1
+
+
+# --- a consumer ---
+
+
+@gluon.jit
+def row_vector(call, shared, i, WHICH: gl.constexpr, LAYOUT: gl.constexpr):
+    """[1, ROWS] f32 of step i's queries: lse in base 2 (0), -delta (1)."""
+    STAGES: gl.constexpr = shared.q.STAGES
+    VECTOR: gl.constexpr = gl.NVMMASharedLayout(0, 32, 1)
+    vectors = seen_as(shared.rows, gl.float32, [STAGES * 2, ROWS], VECTOR)
+    return vectors.index(i % STAGES * 2 + WHICH).load(gl.SliceLayout(0, LAYOUT))[None, :]
+
+
+@gluon.constexpr_function
+def is_held(chunks):
+    """Wider ones would take too many registers."""
+    return sum(chunk.block_type.shape[3] for chunk in chunks) <= 64
+
+
+@gluon.jit
+def held(ring, i):
+    """Load i as left operands in registers: a ROWS x ROWS product then reads half as much shared memory."""
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    tiles = ()
+    for c in gl.static_range(len(ring.tiles)):
+        tiles += (ring.tile(i, c).load(gl.DotOperandLayout(0, LAYOUT, 2)),)
+    return tiles
+
+
+@gluon.jit
+def copies(vector, x):
+    """vector in the shape of x, each element in a register of its own.
+
+    An accumulator that begins so must have them before the product before it is issued, or ptxas waits for that one
+    (C7517).
+    """
+    _, vector = gl.broadcast(x, vector)
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [vector], dtype=gl.float32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def shown(x, other, call, work, h, q_idx, kv_idx, IS_MASKED: gl.constexpr):
+    """x, and other where the mask hides the pair or there is no such pair."""
+    MASK: gl.constexpr = call.MASK if IS_MASKED else None
+    CHECK_Q: gl.constexpr = call.SCORE is not None and not call.IS_EVEN_Q
+    x = hidden(x, other, q_idx, call.Sq, work.b, h, q_idx, kv_idx, call.bindings, MASK, CHECK_Q)
+    if IS_MASKED and not call.IS_EVEN_KV:
+        x = gl.where(opaque(kv_idx) < call.Skv, x, other)
+    return x
+
+
+@gluon.jit
+def product_of_columns(left, right, acc, HAS_ACC: gl.constexpr):
+    """left right^T, plus acc if HAS_ACC, issued: a product for each chunk of columns    [ROWS, ROWS] f32"""
+    for c in gl.static_range(len(left)):
+        acc = warpgroup_mma(left[c], right[c].permute((1, 0)), acc, use_acc=HAS_ACC or c > 0, is_async=True)
+    return acc
+
+
+@gluon.jit
+def products_of_rows(left, right, acc):
+    """acc + left right, issued, for each chunk of columns    of each chunk [ROWS, columns] f32"""
+    issued = ()
+    for c in gl.static_range(len(acc)):
+        operand = gl.convert_layout(left, gl.DotOperandLayout(0, acc[c].type.layout, 2))
+        issued += (warpgroup_mma(operand, right[c], acc[c], is_async=True),)
+    return issued
+
+
+@gluon.jit
+def half_products(shared, even_or_odd, zero, C: gl.constexpr, WARPGROUP: gl.constexpr):
+    """dQ = dS K, issued: a consumer's half of the columns of chunk C    [ROWS, columns / 2] f32"""
+    HALF: gl.constexpr = shared.dq[C].shape[4]
+    dq = accumulator(ROWS, HALF)
+    for other in gl.static_range(NUM_CONSUMERS):
+        half = shared.k.tile(other + zero, C).slice(WARPGROUP * HALF, HALF, 1)
+        ds = shared.ds.index(even_or_odd + other).permute((1, 0))
+        dq = warpgroup_mma(ds, half, dq, use_acc=other > 0, is_async=True)
+    return dq
+
+
+@gluon.jit
+def gradient_step(i, dk, dv, k, v, call, work, h, shared, IS_MASKED: gl.constexpr, WARPGROUP: gl.constexpr):
+    """dk and dv with the queries of step i added, whose dq gains the keys of both consumers. k, v: held, or None."""
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    DTYPE: gl.constexpr = call.q[0].dtype
+    # 0, but the compiler can't know: so it computes anew, each step, where tiles that stay the same lie, and their
+    # addresses take no registers
+    zero = i >> 30
+    q = shared.q.chunks(i)
+    dout = shared.dout.chunks(i)
+    if k is None:
+        k = shared.k.chunks(WARPGROUP + zero)
+    if v is None:
+        v = shared.v.chunks(WARPGROUP + zero)
+    zeros = gl.zeros([ROWS, ROWS], gl.float32, S_LAYOUT)
+    shared.q.wait(i)
+    less_delta = copies(row_vector(call, shared, i, 1, S_LAYOUT), zeros)
+    # S^T = K Q^T    [ROWS, ROWS] f32
+    s = product_of_columns(k, q, zeros, False)
+    # dP^T - delta = V dO^T - delta    [ROWS, ROWS] f32
+    shared.dout.wait(i)
+    dp = product_of_columns(v, dout, less_delta, True)
+    q_start = gl.max(shared.starts.index(i % shared.q.STAGES).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+    lse_log2 = row_vector(call, shared, i, 0, S_LAYOUT)
+    s = warpgroup_mma_wait(len(v), deps=[s])
+    # P^T    [ROWS, ROWS] f32
+    q_idx = (q_start + gl.arange(0, ROWS, layout=gl.SliceLayout(0, S_LAYOUT)))[None, :]
+    kv_idx = (work.kv_start + WARPGROUP * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S_LAYOUT)))[:, None]
+    p = log2_probability(s, lse_log2, work.b, h, q_idx, kv_idx, call.scale, call.bindings, call.SCORE)
+    p = gl.exp2(shown(p, float("-inf"), call, work, h, q_idx, kv_idx, IS_MASKED))
+    # dV += P^T dO
+    dv = products_of_rows(p.to(DTYPE), dout, dv)
+    # dS^T = P^T * dT/dS * (dP^T - delta)    [ROWS, ROWS] f32. In this order S is done with before dP^T
+    if call.SCORE_GRAD is not None:
+        bindings = call.bindings
+        p *= call.SCORE_GRAD(s * call.scale, work.b, h, q_idx, kv_idx, bindings[0], bindings[1], bindings[2])
+        p = shown(p, 0.0, call, work, h, q_idx, kv_idx, IS_MASKED)
+    dp = warpgroup_mma_wait(len(dv), deps=[dp])
+    ds = (p * dp).to(DTYPE)
+    if shared.dq is None:
+        # dK += dS^T Q
+        dk = products_of_rows(ds, q, dk)
+        dv = finished(dv, len(dk))
+        shared.dout.release(i)
+    else:
+        even_or_odd = (i & 1) * NUM_CONSUMERS
+        shared.ds.index(even_or_odd + WARPGROUP).store(ds)
+        fence_async_shared()
+        meet()  # and who is here has read dS^T of the step before, whose place the next step's takes
+        # dQ = dS K, its half of the columns    of each chunk [ROWS, columns / 2] f32
+        dq = ()
+        for c in gl.static_range(len(dk)):
+            dq += (half_products(shared, even_or_odd, zero, c, WARPGROUP),)
+        # dK += dS^T Q
+        dk = products_of_rows(ds, q, dk)
+        done = finished(dq + dv, len(dk))
+        dq = done[: len(dq)]
+        dv = done[len(dq) :]
+        shared.dout.release(i)
+        tma.store_wait(0)  # until the previous step's has been read
+        for c in gl.static_range(len(dq)):
+            shared.dq[c].index(WARPGROUP + zero).reshape(dq[c].shape).store(dq[c])
+        fence_async_shared()
+        column = 0
+        for c in gl.static_range(len(dq)):
+            place = [work.b, h, q_start, column + WARPGROUP * dq[c].shape[1]]
+            reduce_add(call.dq[c], place, shared.dq[c].index(WARPGROUP + zero))
+            column += NUM_CONSUMERS * dq[c].shape[1]
+    dk = finished(dk, 0)
+    shared.q.release(i)
+    return dk, dv
+
+
+@gluon.jit
+def store_chunks(tensor, acc, factor, ring, work, kv_start, WARPGROUP: gl.constexpr):
+    """acc * factor is on its way to the tensor of these descriptors, by way of this consumer's load of ring."""
+    for c in gl.static_range(len(acc)):
+        ring.tile(WARPGROUP, c).store((acc[c] * factor).to(tensor[c].dtype))
+    fence_async_shared()
+    column = 0
+    for c in gl.static_range(len(acc)):
+        begin_store(tensor[c], [work.b, work.h_kv, kv_start, column], ring.tiles[c].index(WARPGROUP))
+        column += acc[c].shape[1]
+
+
+@gluon.jit
+def differentiate(call, shared, WARPGROUP: gl.constexpr):
+    """Role of a warpgroup: dk and dv of ROWS keys, summed over the query heads that read them."""
+    MAY_HIDE: gl.constexpr = call.MASK is not None or not call.IS_EVEN_KV
+    work = work_of_program(call)
+    dk = accumulators(call.dk)
+    dv = accumulators(call.dv)
+    for consumer in gl.static_range(NUM_CONSUMERS):
+        shared.k.wait(consumer)
+    shared.v.wait(WARPGROUP)
+    k = None
+    v = None
+    if is_held(call.k):
+        k = held(shared.k, WARPGROUP)
+    if is_held(call.v):
+        v = held(shared.v, WARPGROUP)
+    i = 0
+    for g in range(call.G):
+        visit = visit_of(call, work, g)
+        if MAY_HIDE:
+            for _ in range(visit.num_masked):
+                dk, dv = gradient_step(i, dk, dv, k, v, call, work, visit.h, shared, True, WARPGROUP)
+                i += 1
+        for _ in range(visit.num_full):
+            dk, dv = gradient_step(i, dk, dv, k, v, call, work, visit.h, shared, False, WARPGROUP)
+            i += 1
+    if shared.dq is not None:
+        tma.store_wait(0)
+        meet()  # the other has read K for its last dQ
+    # in the place of K and V
+    kv_start = work.kv_start + WARPGROUP * ROWS
+    store_chunks(call.dk, dk, call.scale, shared.k, work, kv_start, WARPGROUP)
+    store_chunks(call.dv, dv, 1.0, shared.v, work, kv_start, WARPGROUP)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["num_words", "num_rows", "num_heads", "heads_together", "Hkv", "Sq", "Skv"])
+def hopper_backward_kernel(
+    q,  # descriptors: [B, Hq, Sq, D], all in blocks of ROWS and as many columns as the first chunk has
+    q_rest,  # and the second one, or None
+    k,  # [B, Hkv, Skv, D]
+    k_rest,
+    v,  # [B, Hkv, Skv, DV]
+    v_rest,
+    dout,  # [B, Hq, Sq, DV]
+    dout_rest,
+    rows,  # [B, Hq, 2, Sq] f32: lse in base 2 and -delta, of hopper_rows.py
+    dq,  # [B, Hq, Sq, D] f32, in blocks of half the columns: dQ / scale is added to it; or None
+    dq_rest,
+    dk,  # [B, Hkv, Skv, D]
+    dk_rest,
+    dv,  # [B, Hkv, Skv, DV]
+    dv_rest,
+    walk,  # (words, rows) of blocks/walk.py, or None: all queries see all keys
+    num_words,
+    map_strides,  # see map_of
+    num_rows,  # see work_of
+    num_heads,
+    heads_together,
+    Hkv,
+    Sq,
+    Skv,
+    scale,
+    bindings,
+    MASK: gl.constexpr,  # None: it shows all
+    SCORE: gl.constexpr,
+    SCORE_GRAD: gl.constexpr,
+    G: gl.constexpr,
+    TILE_Q: gl.constexpr,
+    TILE_KV: gl.constexpr,
+    IS_EVEN_Q: gl.constexpr,  # no tile hangs over the end of the queries
+    IS_EVEN_KV: gl.constexpr,  # nor of the keys
+    STAGES: gl.constexpr,  # of q and dout
+    REGISTERS: gl.constexpr,  # of the roles but the first
+):
+    """dk and dv of one tile of keys, and what it adds to dq. Grid: a program for each tile of each head of keys, in the
+    order of work_of.
+    """
+    q = chunks_of(q, q_rest)
+    k = chunks_of(k, k_rest)
+    v = chunks_of(v, v_rest)
+    dout = chunks_of(dout, dout_rest)
+    dk = chunks_of(dk, dk_rest)
+    dv = chunks_of(dv, dv_rest)
+    staged_ds = None
+    staged_dq = None
+    if dq is not None:
+        dq = chunks_of(dq, dq_rest)
+        DS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, ROWS], q[0].dtype)
+        staged_ds = gl.allocate_shared_memory(q[0].dtype, [2 * NUM_CONSUMERS, ROWS, ROWS], DS_LAYOUT)
+        staged_dq = allocate_tiles(dq, NUM_CONSUMERS)
+    shared = Shared(
+        Ring.create(q, STAGES, NUM_CONSUMERS),
+        Ring.create(dout, STAGES, NUM_CONSUMERS),
+        Ring.create(k, NUM_CONSUMERS, 1),
+        Ring.create(v, NUM_CONSUMERS, 1),
+        gl.allocate_shared_memory(gl.int32, [STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])),
+        gl.allocate_shared_memory(gl.float32, [STAGES, 1, 1, 2, ROWS], rows.layout),
+        staged_ds,
+        staged_dq,
+    )
+    fence_async_shared()
+    call = Call(
+        q,
+        k,
+        v,
+        dout,
+        rows,
+        dq,
+        dk,
+        dv,
+        walk,
+        num_words,
+        map_strides,
+        num_rows,
+        num_heads,
+        heads_together,
+        Hkv,
+        Sq,
+        Skv,
+        scale,
+        bindings,
+        MASK,
+        SCORE,
+        SCORE_GRAD,
+        G,
+        NUM_CONSUMERS * ROWS,
+        TILE_Q,
+        TILE_KV,
+        IS_EVEN_Q,
+        IS_EVEN_KV,
+    )
+    gl.warp_specialize(
+        [
+            (differentiate, (call, shared, gl.constexpr(0))),
+            (differentiate, (call, shared, gl.constexpr(1))),
+            (load_tiles, (call, shared)),
+        ],
+        [4, 1],
+        REGISTERS,
+    )
