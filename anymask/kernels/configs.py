@@ -47,17 +47,19 @@ class HopperBackwardConfig:
     """Of the Hopper dK/dV kernel: two warpgroups of 64 keys each. num_stages: tiles of queries in shared memory.
 
     is_fused: it adds up dQ too, in whatever order its programs come. Else dQ is left to the portable kernel.
+    is_held: K and V of head dim 64 stay in registers: fewer reads of shared memory for 32 instructions a step.
     """
 
     num_stages: int
     is_fused: bool
+    is_held: bool = False
 
     BLOCK_Q: ClassVar[int] = 64
     BLOCK_KV: ClassVar[int] = 128
 
     def __str__(self) -> str:
-        fused = " and dq" if self.is_fused else ""
-        return f"{self.BLOCK_Q}x{self.BLOCK_KV}{fused} in Gluon, 2 warpgroups, {self.num_stages} stages"
+        fused, held = " and dq" * self.is_fused, ", K and V held" * self.is_held
+        return f"{self.BLOCK_Q}x{self.BLOCK_KV}{fused} in Gluon, 2 warpgroups{held}, {self.num_stages} stages"
 
 
 AnyConfig = Config | HopperConfig | HopperBackwardConfig

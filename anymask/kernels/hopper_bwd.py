@@ -59,6 +59,7 @@ class Call:
     TILE_KV: gl.constexpr
     IS_EVEN_Q: gl.constexpr
     IS_EVEN_KV: gl.constexpr
+    IS_HELD: gl.constexpr
 
 
 @record
@@ -119,7 +120,7 @@ def visit_of(call, work, g):
 class Shared:
     """What lies in shared memory. In k and v a stage is the keys of a consumer.
 
-    starts: the first query of each stage of q.  rows: their lse and -delta, one after the other.
+    tiles: which ROWS queries each stage of q has.  rows: their lse and -delta, one after the other.
     ds: dS^T of the consumers, of even and odd steps.  dq: of each chunk half the columns of dQ, of each consumer. Both
     are None where dQ is not computed here.
     """
@@ -128,7 +129,7 @@ class Shared:
     dout: Ring
     k: Ring
     v: Ring
-    starts: gl.shared_memory_descriptor  # [STAGES, 1] int32
+    tiles: gl.shared_memory_descriptor  # [STAGES, 1] int32
     rows: gl.shared_memory_descriptor  # [STAGES, 1, 1, 2, ROWS] f32
     ds: gl.shared_memory_descriptor | gl.constexpr  # [2 * NUM_CONSUMERS, ROWS, ROWS]
     dq: gl.tuple | gl.constexpr  # [NUM_CONSUMERS, 1, 1, ROWS, columns / 2] f32
@@ -160,7 +161,8 @@ def load_tiles(call, shared):
                 full = shared.q.begin(i, bytes_of(call.q) + call.rows.block_type.nbytes)
                 stage = i % shared.q.STAGES
                 # so consumers need no walk; the barrier of dout, whose load begins after this, tells them of it
-                shared.starts.index(stage).store(gl.full([1], q_start, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+                of_one_warp: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+                shared.tiles.index(stage).store(gl.full([1], q_start // ROWS, gl.int32, of_one_warp))
                 begin_load(call.rows, [work.b, visit.h, 0, q_start], full, shared.rows.index(stage))
                 shared.q.fill(i, call.q, work.b, visit.h, q_start, full)
                 shared.dout.load(i, call.dout, work.b, visit.h, q_start)
@@ -180,9 +182,8 @@ def row_vector(call, shared, i, WHICH: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.constexpr_function
-def is_held(chunks):
-    """Wider ones would take too many registers."""
-    return sum(chunk.block_type.shape[3] for chunk in chunks) <= 64
+def columns_of(chunks):
+    return sum(chunk.block_type.shape[3] for chunk in chunks)
 
 
 @gluon.jit
@@ -193,6 +194,20 @@ def held(ring, i):
     for c in gl.static_range(len(ring.tiles)):
         tiles += (ring.tile(i, c).load(gl.DotOperandLayout(0, LAYOUT, 2)),)
     return tiles
+
+
+@gluon.jit
+def fresh(tiles, zero):
+    """tiles in registers that this step writes. zero: what the compiler cannot know to be 0.
+
+    ptxas (12.8 to 13.0) can give the registers of an operand that a loop does not write to other values, and not bring
+    it back for the next step. Seen with K of head dim 64, without dQ and a mask: S was wrong from the second step on.
+    """
+    ASM: gl.constexpr = "xor.b32 $0, $1, $2;"
+    copies = ()
+    for c in gl.static_range(len(tiles)):
+        copies += (gl.inline_asm_elementwise(ASM, "=r,r,r,r", [tiles[c], zero], tiles[c].dtype, is_pure=True, pack=2),)
+    return copies
 
 
 @gluon.jit
@@ -259,17 +274,23 @@ def gradient_step(i, dk, dv, k, v, call, work, h, shared, IS_MASKED: gl.constexp
     dout = shared.dout.chunks(i)
     if k is None:
         k = shared.k.chunks(WARPGROUP + zero)
-    if v is None:
-        v = shared.v.chunks(WARPGROUP + zero)
+    else:
+        k = fresh(k, zero)
     zeros = gl.zeros([ROWS, ROWS], gl.float32, S_LAYOUT)
     shared.q.wait(i)
     less_delta = copies(row_vector(call, shared, i, 1, S_LAYOUT), zeros)
     # S^T = K Q^T    [ROWS, ROWS] f32
     s = product_of_columns(k, q, zeros, False)
+    if v is None:
+        v = shared.v.chunks(WARPGROUP + zero)
+    else:
+        v = fresh(v, zero)
     # dP^T - delta = V dO^T - delta    [ROWS, ROWS] f32
     shared.dout.wait(i)
     dp = product_of_columns(v, dout, less_delta, True)
-    q_start = gl.max(shared.starts.index(i % shared.q.STAGES).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+    # as a multiple of ROWS, so that the compiler sees that captured vectors may be read two numbers at a time
+    of_a_warpgroup: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    q_start = gl.max(shared.tiles.index(i % shared.q.STAGES).load(of_a_warpgroup), 0) * ROWS
     lse_log2 = row_vector(call, shared, i, 0, S_LAYOUT)
     s = warpgroup_mma_wait(len(v), deps=[s])
     # P^T    [ROWS, ROWS] f32
@@ -344,9 +365,9 @@ def differentiate(call, shared, WARPGROUP: gl.constexpr):
     shared.v.wait(WARPGROUP)
     k = None
     v = None
-    if is_held(call.k):
+    if call.IS_HELD and columns_of(call.k) <= 64:
         k = held(shared.k, WARPGROUP)
-    if is_held(call.v):
+    if call.IS_HELD and columns_of(call.v) <= 64:
         v = held(shared.v, WARPGROUP)
     i = 0
     for g in range(call.G):
@@ -404,6 +425,7 @@ def hopper_backward_kernel(
     TILE_KV: gl.constexpr,
     IS_EVEN_Q: gl.constexpr,  # no tile hangs over the end of the queries
     IS_EVEN_KV: gl.constexpr,  # nor of the keys
+    IS_HELD: gl.constexpr,  # K and V of head dim 64 stay in registers
     STAGES: gl.constexpr,  # of q and dout
     REGISTERS: gl.constexpr,  # of the roles but the first
 ):
@@ -463,6 +485,7 @@ def hopper_backward_kernel(
         TILE_KV,
         IS_EVEN_Q,
         IS_EVEN_KV,
+        IS_HELD,
     )
     gl.warp_specialize(
         [

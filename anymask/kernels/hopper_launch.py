@@ -175,6 +175,7 @@ def backward_recipe(
         TILE_KV=tile[1],
         IS_EVEN_Q=Sq % tile[0] == 0,
         IS_EVEN_KV=Skv % tile[1] == 0,
+        IS_HELD=config.is_held,
         STAGES=config.num_stages,
         REGISTERS=of_roles,
         num_warps=4,

@@ -437,13 +437,15 @@ def _hopper_backward(
         chosen = wanted if isinstance(wanted, HopperBackwardConfig) else replace(default, **wanted)
     except TypeError:
         raise UnsupportedError(
-            f"config['dkdv'] = {wanted} should name is_fused and num_stages of the Gluon backward"
+            f"config['dkdv'] = {wanted} should name is_fused, is_held and num_stages of the Gluon backward"
         ) from None
     if chosen.is_fused and deterministic:
         raise UnsupportedError(
             "config['dkdv']: where is_fused, the Gluon backward adds up dq in any order, and deterministic=True was "
             "asked for. Try is_fused=False"
         )
+    if chosen.is_held and min(D, Dv) > 64:
+        raise UnsupportedError(f"config['dkdv']: with is_held, D or Dv is 64, not {D} and {Dv}")
     if chosen.is_fused and "dq" in config:
         raise UnsupportedError("config['dq']: the Gluon backward computes dq too where is_fused. Try is_fused=False")
     size, limit = hopper_backward_shared_memory(chosen, D, Dv), SHARED_LIMITS["sm_90"]
