@@ -23,7 +23,7 @@ def emit(
     wide: frozenset[int] = frozenset(),
     is_ptx: bool = False,
     overhang: frozenset[str] | None = None,
-    is_near: bool = False,
+    near: str | None = None,
 ) -> str:
     """Source of `name(b, h, q_idx, kv_idx, captures, ints, floats)`; `score` comes first where expr is a FLOAT.
 
@@ -33,10 +33,11 @@ def emit(
     is_ptx: for NVIDIA: what an operation of both axes reads of one axis alone goes through opaque() of functions.py.
     overhang: the indices that may run past the last position, where the value is of no meaning. So ids[b, q_idx] is
     inside its tensor (ops.check_reads), or may be read at its end. None: any index may, and its value has a meaning.
-    is_near: for Hopper: distances of q_idx and kv_idx are compared near the tile (near() of functions.py).
+    near: for Hopper: distances of q_idx and kv_idx are compared near the tile (near() of functions.py), whose columns
+    are this one of both.
     """
     params = ["score"] if expr.dtype is DType.FLOAT else []
-    lines, (value,) = lines_of([expr], wide, is_ptx, overhang, is_near)
+    lines, (value,) = lines_of([expr], wide, is_ptx, overhang, near)
     return function_text(name, params, [*lines, f"return {value}"])
 
 
@@ -47,14 +48,14 @@ def emit_hide(
     wide: frozenset[int] = frozenset(),
     is_ptx: bool = False,
     overhang: frozenset[str] | None = None,
-    is_near: bool = False,
+    near: str | None = None,
 ) -> str:
     """Source of `name(x, other, b, h, q_idx, kv_idx, captures, ints, floats)`: x where the mask shows, other where not.
 
     One select for each condition that `&` joins: joined first, LLVM would pack the conditions into bits (sm_90,
     documents and causal, dQ step 128 x 64: 734 -> 591 instructions).
     """
-    lines, values = lines_of(_conjuncts(mask), wide, is_ptx, overhang, is_near)
+    lines, values = lines_of(_conjuncts(mask), wide, is_ptx, overhang, near)
     return function_text(
         name, ["x", "other"], [*lines, *(f"x = tl.where({value}, x, other)" for value in values), "return x"]
     )
@@ -75,7 +76,7 @@ def lines_of(
     wide: frozenset[int],
     is_ptx: bool = False,
     overhang: frozenset[str] | None = None,
-    is_near: bool = False,
+    near: str | None = None,
 ) -> tuple[list[str], list[str]]:
     """One line per node of the expressions, and the names that hold their values."""
     nodes = list(dict.fromkeys(node for expr in exprs for node in expr.walk()))
@@ -83,7 +84,7 @@ def lines_of(
     bounds = integer_bounds(nodes)
     names: dict[Expr, str] = {}
     lines: list[str] = []
-    has_near = is_near and any(map(_is_distance, nodes))
+    has_near = near is not None and any(map(_is_distance, nodes))
     if has_near:
         lines.append("near_q_idx, near_kv_idx = near(q_idx, kv_idx)")
     for node in nodes:
@@ -105,7 +106,7 @@ def lines_of(
             rule = _rule(node, bounds)
             if is_ptx and overhang is not None:
                 rule = HOPPER_TEMPLATES.get(node.op, rule)
-            bound = _row_bound(node, names) if has_near else None
+            bound = _row_bound(node, names, near) if has_near else None
             lines.append(f"{target} = {bound or rule.format(*args, type=TYPES[node.dtype])}")
         if node in opaque:
             lines.append(f"{target} = opaque({target})")
@@ -128,21 +129,22 @@ def _is_distance(node: Expr) -> bool:
     return is_difference and {(arg.op, arg.value) for arg in node.args} == {(Op.INDEX, "q_idx"), (Op.INDEX, "kv_idx")}
 
 
-def _row_bound(node: Expr, names: dict[Expr, str]) -> str | None:
-    """q_idx - kv_idx compared with a number of the row, as kv_idx compared with another number of the row.
+def _row_bound(node: Expr, names: dict[Expr, str], column: str) -> str | None:
+    """q_idx - kv_idx compared with a number of the row, as the column compared with another number of the row.
 
     The number is cut to +-INDEX_LIMIT, beyond every difference, so that nothing wraps.
     """
     if node.op not in (Op.LE, Op.LT):
         return None
     for difference, number in (node.args, node.args[::-1]):
-        if difference.op is Op.SUB and _is_distance(difference) and "kv_idx" not in axes(number):
-            is_kv_first = difference.args[1].value == "q_idx"
+        if difference.op is Op.SUB and _is_distance(difference) and column not in axes(number):
+            is_column_first = difference.args[0].value == column
+            row = difference.args[is_column_first].value
             cut = f"tl.minimum(tl.maximum({names[number]}, -{INDEX_LIMIT}), {INDEX_LIMIT})"
-            bound = f"near_q_idx {'+' if is_kv_first else '-'} {cut}"
-            # kv - q <= n and n <= q - kv bound kv from above
-            is_above = is_kv_first == (difference is node.args[0])
-            pair = ("near_kv_idx", bound) if is_above else (bound, "near_kv_idx")
+            bound = f"near_{row} {'+' if is_column_first else '-'} {cut}"
+            # column - row <= n and n <= row - column bound the column from above
+            is_above = is_column_first == (difference is node.args[0])
+            pair = (f"near_{column}", bound) if is_above else (bound, f"near_{column}")
             return f"{pair[0]} {'<=' if node.op is Op.LE else '<'} {pair[1]}"
     return None
 

@@ -21,15 +21,20 @@ def opaque(x):
 
 
 @triton.jit
-def near(x, kv_idx):
-    """x and kv_idx, both less the same number, which differs from column to column, through opaque(). For Hopper.
+def near(q_idx, kv_idx):
+    """q_idx and kv_idx, both less the same number, which differs from column to column, through opaque(). For Hopper.
 
     In a tile of scores a thread has columns 8 n + 2 (lane % 4) and the next, and tiles begin at multiples of their
     width: with all but those bits of the lane taken off, a thread's columns are constants, which comparisons take as
-    they are, and its number is one (causal forward, 128 x 128: 672 -> 611 instructions per masked step).
+    they are, and its number is one (causal forward, 128 x 128: 672 -> 611 instructions per masked step). The columns
+    are keys, or queries where the tile is transposed.
     """
-    COLUMN: tl.constexpr = kv_idx.shape[1] - 7
-    return opaque(x - (kv_idx & ~COLUMN)), opaque(kv_idx & COLUMN)
+    if kv_idx.shape[1] > 1:
+        OF_KV: tl.constexpr = kv_idx.shape[1] - 7
+        return opaque(q_idx - (kv_idx & ~OF_KV)), opaque(kv_idx & OF_KV)
+    else:
+        OF_Q: tl.constexpr = q_idx.shape[1] - 7
+        return opaque(q_idx & OF_Q), opaque(kv_idx - (q_idx & ~OF_Q))
 
 
 @triton.jit

@@ -255,14 +255,16 @@ def _forward_recipe(alike: Likeness) -> Recipe:
     assert config is not None, "a plan of another backend"
     tile_q, tile_kv = walk_shapes(plan, alike.tile)[0][0]
     maps = alike.maps_of("forward")
-    is_hopper = isinstance(config, HopperConfig)
-    if isinstance(config, HopperConfig) and maps is None:
-        tile_q, tile_kv = config.BLOCK_Q, config.BLOCK_KV
+    near = None
+    if isinstance(config, HopperConfig):
+        near = "kv_idx"
+        if maps is None:
+            tile_q, tile_kv = config.BLOCK_Q, config.BLOCK_KV
     # rows past the end are not stored, and keys past the end hidden
     overhang = _overhang(Sq % tile_q, Skv % tile_kv)
-    mask, score, _ = _functions(alike.mods, wide, plan.is_ptx, overhang, False, is_hopper)
+    mask, score, _ = _functions(alike.mods, wide, plan.is_ptx, overhang, False, near)
     if score is None and scale <= 0:  # the identity: the kernel's short cut needs scale > 0
-        score = _function(alike.mods.score, "score", wide, plan.is_ptx, overhang, is_hopper)
+        score = _function(alike.mods.score, "score", wide, plan.is_ptx, overhang, near)
     num_rows, head_bytes = _ceil(Sq, tile_q), Skv * (D + Dv) * alike.q.dtype.itemsize
     walk = _walk_arguments(maps, _ceil(Skv, tile_kv), num_rows, B * Hq, Hq // Hkv, head_bytes, plan)
     if isinstance(config, HopperConfig):
@@ -474,7 +476,7 @@ def _hopper_backward_recipes(
         tile = config.BLOCK_Q, config.BLOCK_KV
     # queries past the end are zeros, and keys past it hidden
     overhang = _overhang(Sq % tile[0], Skv % tile[1])
-    mask, score, score_gradient = _functions(alike.mods, wide, plan.is_ptx, overhang, has_gradient=True)
+    mask, score, score_gradient = _functions(alike.mods, wide, plan.is_ptx, overhang, True, "q_idx")
     head_bytes = Sq * (Hq // Hkv) * (D + Dv) * q.dtype.itemsize
     walk = _walk_arguments(maps, _ceil(Sq, tile[0]), _ceil(Skv, tile[1]), B * Hkv, 1, head_bytes, plan)
     functions = (None if maps is None else mask, score, score_gradient)
@@ -665,26 +667,31 @@ def _bind(
 
 @functools.lru_cache(maxsize=4096)
 def _function(
-    expr: Expr, name: str, wide: frozenset[int], is_ptx: bool, overhang: frozenset[str], is_near: bool = False
+    expr: Expr, name: str, wide: frozenset[int], is_ptx: bool, overhang: frozenset[str], near: str | None = None
 ) -> Any:
-    return jitted((emit_hide if name == "hide" else emit)(expr, name, wide, is_ptx, overhang, is_near), name)
+    return jitted((emit_hide if name == "hide" else emit)(expr, name, wide, is_ptx, overhang, near), name)
 
 
 @functools.lru_cache(maxsize=4096)
 def _functions(
-    mods: Mods, wide: frozenset[int], is_ptx: bool, overhang: frozenset[str], has_gradient: bool, is_near: bool = False
+    mods: Mods,
+    wide: frozenset[int],
+    is_ptx: bool,
+    overhang: frozenset[str],
+    has_gradient: bool,
+    near: str | None = None,
 ) -> tuple[Any, Any, Any]:
     """The mask, the score function and its derivative, the last two None where the score is unchanged.
 
-    overhang: see emit.
+    overhang, near: see emit.
     """
-    mask = _function(mods.mask, "hide", wide, is_ptx, overhang, is_near)
+    mask = _function(mods.mask, "hide", wide, is_ptx, overhang, near)
     if not mods.has_score:
         return mask, None, None
-    score = _function(mods.score, "score", wide, is_ptx, overhang, is_near)
+    score = _function(mods.score, "score", wide, is_ptx, overhang, near)
     if not has_gradient:
         return mask, score, None
-    return mask, score, _function(derivative(mods.score), "score_gradient", wide, is_ptx, overhang, is_near)
+    return mask, score, _function(derivative(mods.score), "score_gradient", wide, is_ptx, overhang, near)
 
 
 def _overhang(q: int, kv: int) -> frozenset[str]:

@@ -227,8 +227,9 @@ def test_a_read_at_a_position_that_exists_needs_no_predicate() -> None:
 
 def test_distances_are_taken_near_the_tile() -> None:
     visible = apply(Op.AND, apply(Op.LE, KV_, Q_), apply(Op.LT, apply(Op.ADD, KV_, integer(3)), Q_))
-    text = emit(visible, "f", is_ptx=True, overhang=frozenset(("q_idx",)), is_near=True)
-    assert "near_kv_idx <= near_q_idx" in text and "opaque_q_idx" in text
+    for column in ("q_idx", "kv_idx"):
+        text = emit(visible, "f", is_ptx=True, overhang=frozenset(("q_idx",)), near=column)
+        assert "near_kv_idx <= near_q_idx" in text and "opaque_q_idx" in text
     assert "near" not in emit(visible, "f", is_ptx=True) + emit(visible, "f", overhang=frozenset())
 
 
@@ -240,25 +241,27 @@ def test_the_hopper_forward_has_a_cheaper_tanh() -> None:
 
 @pytest.mark.parametrize("n", [0, 5, -17, 2**30, 2**31 - 1, -(2**31)])
 @pytest.mark.parametrize("op", [Op.LE, Op.LT])
-def test_a_distance_compared_with_a_number(op: Op, n: int) -> None:
+@pytest.mark.parametrize("column", ["q_idx", "kv_idx"])
+def test_a_distance_compared_with_a_number(column: str, op: Op, n: int) -> None:
     """In plain torch: Triton's interpreter has no opaque()."""
     number = Expr.of(Op.NUMBER, I32, (), 0)
-    kv_idx = torch.arange(128, dtype=torch.int32)[None, :] + 1280
-    q_idx = torch.tensor([[0], [1300], [1500], [2**30 - 1]], dtype=torch.int32)
-    column = 128 - 7
+    columns = torch.arange(128, dtype=torch.int32)[None, :] + 1280
+    rows = torch.tensor([[0], [1300], [1500], [2**30 - 1]], dtype=torch.int32)
+    q_idx, kv_idx = (columns, rows) if column == "q_idx" else (rows, columns)
+    start = columns & ~(128 - 7)
     functions = {
         "tl": SimpleNamespace(cast=lambda x, _: torch.tensor(x), int32=0, minimum=at_most, maximum=at_least),
         "triton": SimpleNamespace(jit=lambda function: function),
-        "near": lambda x, kv_idx: (x - (kv_idx & ~column), kv_idx & column),
+        "near": lambda q_idx, kv_idx: (q_idx - start, kv_idx - start),
         "opaque": lambda x: x,
     }
     for difference, value in ((apply(Op.SUB, KV_, Q_), kv_idx - q_idx), (apply(Op.SUB, Q_, KV_), q_idx - kv_idx)):
         for pair, left, right in (((difference, number), value, n), ((number, difference), n, value)):
-            text = emit(apply(op, *pair), "f", is_ptx=True, overhang=frozenset(), is_near=True)
+            text = emit(apply(op, *pair), "f", is_ptx=True, overhang=frozenset(), near=column)
             namespace: dict[str, Any] = dict(functions)
             exec(text, namespace)
             got = namespace["f"](0, 0, q_idx, kv_idx, (), (2 * n + 1,), ())
-            assert "near_kv_idx" in text.splitlines()[-2]
+            assert f"near_{column}" in text.splitlines()[-2]
             assert torch.equal(got, left <= right if op is Op.LE else left < right), text
 
 
