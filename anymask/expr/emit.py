@@ -53,12 +53,25 @@ def emit_hide(
     """Source of `name(x, other, b, h, q_idx, kv_idx, captures, ints, floats)`: x where the mask shows, other where not.
 
     One select for each condition that `&` joins: joined first, LLVM would pack the conditions into bits (sm_90,
-    documents and causal, dQ step 128 x 64: 734 -> 591 instructions).
+    documents and causal, dQ step 128 x 64: 734 -> 591 instructions). near: of two such comparisons of a 64 x 64 tile
+    LLVM packs the results all the same, so each is one instruction with its select (kept() of functions.py).
     """
-    lines, values = lines_of(_conjuncts(mask), wide, is_ptx, overhang, near)
-    return function_text(
-        name, ["x", "other"], [*lines, *(f"x = tl.where({value}, x, other)" for value in values), "return x"]
+    conjuncts = _conjuncts(mask)
+    operands = {arg for part in conjuncts for node in part.walk() for arg in node.args}
+    kept = frozenset(
+        part
+        for part in conjuncts
+        if near
+        and part.op in PTX_COMPARISONS
+        and part not in operands
+        and part.args[0].dtype is DType.INT32
+        and len(axes(part)) == 2
     )
+    lines, values = lines_of(conjuncts, wide, is_ptx, overhang, near, kept)
+    selects = [
+        f"x = tl.where({value}, x, other)" for part, value in zip(conjuncts, values, strict=True) if part not in kept
+    ]
+    return function_text(name, ["x", "other"], [*lines, *selects, "return x"])
 
 
 def _conjuncts(mask: Expr) -> list[Expr]:
@@ -77,15 +90,19 @@ def lines_of(
     is_ptx: bool = False,
     overhang: frozenset[str] | None = None,
     near: str | None = None,
+    kept: frozenset[Expr] = frozenset(),
 ) -> tuple[list[str], list[str]]:
-    """One line per node of the expressions, and the names that hold their values."""
+    """One line per node of the expressions, and the names that hold their values. kept: comparisons of which nothing
+    holds the value: x is kept where they are true.
+    """
     nodes = list(dict.fromkeys(node for expr in exprs for node in expr.walk()))
     opaque = _one_axis_operands(nodes) if is_ptx else set()
     bounds = integer_bounds(nodes)
     names: dict[Expr, str] = {}
     lines: list[str] = []
-    has_near = near is not None and any(map(_is_distance, nodes))
-    if has_near:
+    if not any(map(_is_distance, nodes)):
+        near = None
+    if near:
         lines.append("near_q_idx, near_kv_idx = near(q_idx, kv_idx)")
     for node in nodes:
         if node.op in (Op.INDEX, Op.SCORE):
@@ -98,16 +115,20 @@ def lines_of(
         if node.op is Op.LOAD:
             lines += _load(node, target, args, bounds, wide, overhang)
         else:
-            if has_near and _is_distance(node):
+            if near and _is_distance(node):
                 args = [f"near_{arg}" for arg in args]
             elif len(axes(node)) == 2:
                 hidden = [arg.op is Op.INDEX and arg in opaque for arg in node.args]
                 args = [f"opaque_{arg}" if is_hidden else arg for arg, is_hidden in zip(args, hidden, strict=True)]
             rule = _rule(node, bounds)
-            if is_ptx and overhang is not None:
-                rule = HOPPER_TEMPLATES.get(node.op, rule)
-            bound = _row_bound(node, names, near) if has_near else None
-            lines.append(f"{target} = {bound or rule.format(*args, type=TYPES[node.dtype])}")
+            if is_ptx:
+                rule = PTX_TEMPLATES.get(node.op, rule)
+            if near:
+                args = _row_bound(node, names, near) or args
+            if node in kept:
+                lines.append(f'x = kept(x, other, {args[0]}, {args[1]}, "{PTX_COMPARISONS[node.op]}")')
+            else:
+                lines.append(f"{target} = {rule.format(*args, type=TYPES[node.dtype])}")
         if node in opaque:
             lines.append(f"{target} = opaque({target})")
         names[node] = target
@@ -129,8 +150,8 @@ def _is_distance(node: Expr) -> bool:
     return is_difference and {(arg.op, arg.value) for arg in node.args} == {(Op.INDEX, "q_idx"), (Op.INDEX, "kv_idx")}
 
 
-def _row_bound(node: Expr, names: dict[Expr, str], column: str) -> str | None:
-    """q_idx - kv_idx compared with a number of the row, as the column compared with another number of the row.
+def _row_bound(node: Expr, names: dict[Expr, str], column: str) -> list[str] | None:
+    """Operands that compare the column with a number of the row, where node compares q_idx - kv_idx with another one.
 
     The number is cut to +-INDEX_LIMIT, beyond every difference, so that nothing wraps.
     """
@@ -144,8 +165,7 @@ def _row_bound(node: Expr, names: dict[Expr, str], column: str) -> str | None:
             bound = f"near_{row} {'+' if is_column_first else '-'} {cut}"
             # column - row <= n and n <= row - column bound the column from above
             is_above = is_column_first == (difference is node.args[0])
-            pair = (f"near_{column}", bound) if is_above else (bound, f"near_{column}")
-            return f"{pair[0]} {'<=' if node.op is Op.LE else '<'} {pair[1]}"
+            return [f"near_{column}", bound] if is_above else [bound, f"near_{column}"]
     return None
 
 
@@ -225,8 +245,11 @@ BOOL_TEMPLATES: dict[Op, str] = {
     Op.ADD: "{0} | {1}",
 }
 
-# Where the reader is the Hopper forward.
-HOPPER_TEMPLATES: dict[Op, str] = {Op.TANH: "reciprocal_tanh({0})"}
+# On NVIDIA.
+PTX_TEMPLATES: dict[Op, str] = {Op.TANH: "reciprocal_tanh({0})"}
+
+# How PTX names them.
+PTX_COMPARISONS: dict[Op, str] = {Op.EQ: "eq", Op.NE: "ne", Op.LT: "lt", Op.LE: "le"}
 
 FLOAT_TEMPLATES: dict[Op, str] = {
     Op.FLOORDIV: "tl.floor({0} / {1})",

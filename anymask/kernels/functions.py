@@ -38,6 +38,22 @@ def near(q_idx, kv_idx):
 
 
 @triton.jit
+def kept(x, other, left, right, COMPARISON: tl.constexpr):
+    """x where the comparison of int32 holds, else other, both float32. NVIDIA only.
+
+    LLVM cannot look into it, which packs the results of 64 comparisons into bits (sm_90, window, dK/dV/dQ step 64 x 64:
+    741 -> 541 instructions).
+    """
+    ASM: tl.constexpr = select_asm(COMPARISON)
+    return tl.inline_asm_elementwise(ASM, "=f,f,f,r,r", [x, other, left, right], tl.float32, is_pure=True, pack=1)
+
+
+@triton.constexpr_function
+def select_asm(comparison):
+    return f"{{ .reg .pred p; setp.{comparison}.s32 p, $3, $4; selp.f32 $0, $1, $2, p; }}"
+
+
+@triton.jit
 def floor_divide(x, y):
     """x // y rounded towards minus infinity, as in Python; x // 0 = 0."""
     safe = tl.where((y == 0) | (y == -1), 1, y)  # the smallest integer // -1 traps

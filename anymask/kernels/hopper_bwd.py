@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from anymask.kernels.functions import opaque
+from anymask.kernels.functions import kept, opaque
 from anymask.kernels.hopper_chunks import accumulator, accumulators, allocate_tiles, bytes_of, chunks_of, finished
 from anymask.kernels.hopper_pipeline import Ring, begin_load, begin_store, meet, reduce_add, seen_as
 from anymask.kernels.hopper_walk import Counting, Walking
@@ -225,8 +225,10 @@ def copies(vector, x):
 def shown(x, other, call, work, h, q_idx, kv_idx, IS_MASKED: gl.constexpr):
     """x, and other where the mask hides the pair or there is no such pair."""
     MASK: gl.constexpr = call.MASK if IS_MASKED else None
-    CHECK_Q: gl.constexpr = call.SCORE is not None and not call.IS_EVEN_Q
-    x = hidden(x, other, q_idx, call.Sq, work.b, h, q_idx, kv_idx, call.bindings, MASK, CHECK_Q)
+    COLUMN: gl.constexpr = ROWS - 7  # see near()
+    x = hidden(x, other, 0, 0, work.b, h, q_idx, kv_idx, call.bindings, MASK, False)
+    if call.SCORE is not None and not call.IS_EVEN_Q:
+        x = kept(x, other, q_idx & COLUMN, call.Sq - (q_idx & ~COLUMN), "lt")
     if IS_MASKED and not call.IS_EVEN_KV:
         x = gl.where(opaque(kv_idx) < call.Skv, x, other)
     return x

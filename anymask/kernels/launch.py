@@ -474,8 +474,9 @@ def _hopper_backward_recipes(
     _, (tile, _), (lines_tile, _) = walk_shapes(plan, alike.tile)
     if maps is None:
         tile = config.BLOCK_Q, config.BLOCK_KV
-    # queries past the end are zeros, and keys past it hidden
-    overhang = _overhang(Sq % tile[0], Skv % tile[1])
+    # queries past the end are zeros, and keys past it hidden; a thread reads at 16 queries and 2 keys, and a predicate
+    # costs less than 16 clamps (documents and causal, D 128: 781 and 933 instructions a masked step)
+    overhang = None if Sq % tile[0] else _overhang(0, Skv % tile[1])
     mask, score, score_gradient = _functions(alike.mods, wide, plan.is_ptx, overhang, True, "q_idx")
     head_bytes = Sq * (Hq // Hkv) * (D + Dv) * q.dtype.itemsize
     walk = _walk_arguments(maps, _ceil(Sq, tile[0]), _ceil(Skv, tile[1]), B * Hkv, 1, head_bytes, plan)
@@ -667,7 +668,7 @@ def _bind(
 
 @functools.lru_cache(maxsize=4096)
 def _function(
-    expr: Expr, name: str, wide: frozenset[int], is_ptx: bool, overhang: frozenset[str], near: str | None = None
+    expr: Expr, name: str, wide: frozenset[int], is_ptx: bool, overhang: frozenset[str] | None, near: str | None = None
 ) -> Any:
     return jitted((emit_hide if name == "hide" else emit)(expr, name, wide, is_ptx, overhang, near), name)
 
@@ -677,7 +678,7 @@ def _functions(
     mods: Mods,
     wide: frozenset[int],
     is_ptx: bool,
-    overhang: frozenset[str],
+    overhang: frozenset[str] | None,
     has_gradient: bool,
     near: str | None = None,
 ) -> tuple[Any, Any, Any]:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from anymask.expr.bindings import Bindings
-from anymask.expr.emit import BOOL_TEMPLATES, TEMPLATES, emit
+from anymask.expr.emit import BOOL_TEMPLATES, TEMPLATES, emit, emit_hide
 from anymask.expr.evaluate import evaluate
 from anymask.expr.ir import SCORE, TRUE, DType, Expr, Op, apply, cast, const, index
 from anymask.kernels.jit import jitted
@@ -233,10 +233,20 @@ def test_distances_are_taken_near_the_tile() -> None:
     assert "near" not in emit(visible, "f", is_ptx=True) + emit(visible, "f", overhang=frozenset())
 
 
-def test_the_hopper_forward_has_a_cheaper_tanh() -> None:
+def test_nvidia_has_a_cheaper_tanh() -> None:
     capped = apply(Op.TANH, SCORE)
-    assert "= tanh(score)" in emit(capped, "f", is_ptx=True) + emit(capped, "f", overhang=frozenset())
-    assert "= reciprocal_tanh(score)" in emit(capped, "f", is_ptx=True, overhang=frozenset())
+    assert "= tanh(score)" in emit(capped, "f") and "= reciprocal_tanh(score)" in emit(capped, "f", is_ptx=True)
+
+
+def test_comparisons_keep_the_score_near_the_tile() -> None:
+    """Those of two axes and 32 bits that nothing else reads."""
+    number, wide = (Expr.of(Op.NUMBER, dtype, (), 0) for dtype in (I32, I64))
+    parts = [apply(Op.LE, KV_, Q_), apply(Op.LT, KV_, number), apply(Op.NE, cast(apply(Op.ADD, Q_, KV_), I64), wide)]
+    text = emit_hide(apply(Op.AND, *parts), "f", is_ptx=True, near="kv_idx")
+    assert text.count('x = kept(x, other, near_kv_idx, near_q_idx, "le")') == 1
+    assert text.count("x = tl.where(") == 2 and "kept(" not in emit_hide(apply(Op.AND, *parts), "f", is_ptx=True)
+    shared = emit_hide(apply(Op.AND, parts[0], apply(Op.OR, *parts[:2])), "f", is_ptx=True, near="kv_idx")
+    assert "kept(" not in shared
 
 
 @pytest.mark.parametrize("n", [0, 5, -17, 2**30, 2**31 - 1, -(2**31)])
