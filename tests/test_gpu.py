@@ -21,8 +21,10 @@ pytestmark = pytest.mark.gpu
 HALF = (torch.float16, torch.bfloat16)
 IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 hopper = pytest.mark.skipif(not IS_HOPPER, reason="needs a Hopper GPU")
-# the Hopper backward, with dQ in it and without: the fast mode and the deterministic one
+# the Hopper backward, with dQ in it and without: the fast mode and the deterministic one; and the first with K and V of
+# head dim 64 in registers
 FUSED, APART = ({"dkdv": {"is_fused": is_fused}} for is_fused in (True, False))
+HELD = {"dkdv": {"is_fused": True, "is_held": True}}
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
@@ -140,7 +142,8 @@ def test_score_function_backward_on_hopper(name: str, mask: Any, config: Any) ->
 @pytest.mark.parametrize("heads", [(4, 4), (4, 1)], ids=str)
 def test_sizes_backward_on_hopper(heads: tuple[int, int], S: tuple[int, int], D: int, Dv: int) -> None:
     for mask in (None, sliding_window(300, 20)):
-        run("gluon", mask, None, (2, *heads, *S, D, Dv), torch.bfloat16, "cuda", 128, config=FUSED)
+        for config in (FUSED, APART, HELD)[: 3 if min(D, Dv) == 64 else 2]:
+            run("gluon", mask, None, (2, *heads, *S, D, Dv), torch.bfloat16, "cuda", 128, config=config)
 
 
 @hopper

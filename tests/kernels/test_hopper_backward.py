@@ -87,6 +87,7 @@ def test_what_is_started(launches: list[Launch], is_fused: bool, mask: Any) -> N
     gradients = backward(dout, q, k, v, mask, is_fused)
     names = ["rows_kernel", "hopper_backward_kernel", "dq_of_sum_kernel" if is_fused else "dq_kernel"]
     assert [name for name, _ in launches if not name.startswith(("walk", "order"))] == names
+    assert (len(launches) > 3) == (mask is not None)  # only a mask is walked
     (_, first), (_, second), (_, third) = launches[-3:]
     assert all(a is b for a, b in zip(second[:4], (q, k, v, dout), strict=True))
     num_walk, num_captures = (2, 0) if mask is not None else (0, 0)

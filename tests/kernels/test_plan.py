@@ -258,6 +258,8 @@ def test_the_hopper_backward_is_taken_where_config_asks_for_it(is_given_as_objec
     assert walk_shapes(plan(True, (256, 256)), (256, 256))[1] == ((256, 256), True)
     # where the map's tiles are too small for the forward, which is portable then
     assert isinstance(plan(True, (16, 32)).forward, Config) and plan(True, (16, 32)).dkdv == fused.dkdv
+    held = choose(problem(64), HEAVY, (64, 64), arch="sm_90", config={"dkdv": {"is_fused": True, "is_held": True}})
+    assert isinstance(held.dkdv, HopperBackwardConfig) and held.dkdv.is_held and "K and V held" in held.why
 
 
 def test_the_faster_forward_is_taken() -> None:
