@@ -76,9 +76,9 @@ HOPPER_VARIANTS: tuple[tuple[int, tuple[tuple[str, Any], ...]], ...] = (
     (64, (("is_persistent", True), ("BLOCK_Q", 192), ("has_turns", False))),
     *((D, ()) for D in (16, 48, 72, 96, 112, 160, 192)),
 )
-# Bytes. dK and dV of head dim 128, or with K and V of head dim 64, take 128 registers a thread: of what is left, masked
-# and scored steps keep some addresses in memory, which they read once a step.
-SPILL_LIMITS = {"hopper_backward": 160, "hopper_dkdv": 160}
+# Bytes. dK and dV of head dim 128 take 128 registers a thread: of what is left, masked and scored steps keep some
+# addresses in memory, which they read once a step.
+SPILL_LIMITS = {"hopper_backward": 128, "hopper_dkdv": 128}
 
 
 @dataclass(frozen=True)
