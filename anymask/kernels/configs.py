@@ -36,6 +36,12 @@ class HopperConfig:
     def num_consumers(self) -> int:
         return self.BLOCK_Q // 64
 
+    @property
+    def programs_together(self) -> int:
+        """That a multiprocessor has registers for; the producer counts as a warpgroup."""
+        registers, _ = HOPPER_REGISTERS[self.num_consumers]
+        return 65536 // (registers * 128 * (self.num_consumers + 1))
+
     def __str__(self) -> str:
         ways = ", in turns" * self.has_turns + ", persistent" * self.is_persistent
         return f"{self.BLOCK_Q}x{self.BLOCK_KV}, {self.num_consumers} warpgroups{ways}, {self.num_stages} stages"
@@ -185,4 +191,4 @@ def hopper_config(D: int, Dv: int, Sq: int, tile_q: int, is_light: bool) -> Hopp
 
 # Registers a thread, by number of consumers: at entry, and of each role but the first (which gets what is left) after
 # the register split.
-HOPPER_REGISTERS = {2: (168, (240, 24)), 3: (128, (160, 160, 24))}
+HOPPER_REGISTERS = {1: (128, (24,)), 2: (168, (240, 24)), 3: (128, (160, 160, 24))}
