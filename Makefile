@@ -1,8 +1,9 @@
 # Each target sets up .venv on first use and again when pyproject.toml changes. PYTHON=python3.12 picks another Python.
-# To use a Python that already has every package, without a .venv:  make test PY=python3 READY=
+# To use a Python that already has every package, without a .venv:  make test PY=python3 READY= NEWEST=
 PYTHON ?= python3
 PY := .venv/bin/python
 READY := .venv/ready
+NEWEST := .venv/newest
 HAS_GPU := $(shell command -v nvidia-smi)
 JOBS ?= $(if $(HAS_GPU),4,auto)
 
@@ -15,7 +16,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal
 demo: $(READY)
 	OMP_WAIT_POLICY=passive $(PY) examples/packed_training.py
 
-test: $(READY)
+test: $(READY) $(NEWEST)
 	$(PYTEST)
 
 check: $(READY)
@@ -32,12 +33,18 @@ ifneq ($(HAS_GPU),)
 	$(PY) benchmarks/host.py
 endif
 
-aot: $(READY)
+aot: $(READY) $(NEWEST)
 	$(PY) benchmarks/aot.py
+	PYTHONPATH=$(NEWEST) $(PY) benchmarks/aot.py --kernels hopper_forward
 
 # One thread: what else runs on the machine disturbs the times least.
 gallery: $(READY)
 	OMP_NUM_THREADS=1 $(PY) docs/gallery.py
+
+# A second Triton, which only compiles.
+.venv/newest: requirements/newest.txt | $(READY)
+	$(PY) -m pip install --no-deps --upgrade --target $@ -r $<
+	touch $@
 
 ifeq ($(HAS_GPU),)
 # torch first and from the CPU index, so that no CUDA package is ever resolved; where that index can't be reached, pip

@@ -2,6 +2,7 @@
 
     python benchmarks/aot.py            every mask and score function of the zoo, dtypes, head dims and architectures
     python benchmarks/aot.py --sample   a covering sample, about half a minute
+    PYTHONPATH=.venv/newest python benchmarks/aot.py --kernels hopper_forward   some kernels, with the newest Triton
     python benchmarks/aot.py --lengths 200   how often each kernel would compile for 200 random lengths of one mask
 
 Exits with 1 where a kernel does not compile, needs more shared memory than the device has or than plan.py estimates,
@@ -23,7 +24,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +43,16 @@ from anymask.expr.interval import Grid
 from anymask.expr.mods import Mods, text_of
 from anymask.expr.trace import trace
 from anymask.kernels import hopper_launch, launch
+from anymask.kernels import plan as planning
 from anymask.kernels.configs import SHARED_LIMITS, Config, HopperConfig
 from anymask.kernels.plan import Need, choose, family_of, hopper_shared_memory, shared_memory
 from anymask.problem import Problem
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from cases import MASKS, SCORES, Sizes
+
+# Hopper kernels compile with this Triton, whether or not they have run with it
+planning.GLUON_VERSIONS = (".".join(triton.__version__.split(".")[:2]),)
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -289,6 +294,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sample", action="store_true", help="a covering sample")
     parser.add_argument("--only", default="", help="jobs whose printed line matches this regular expression")
+    parser.add_argument("--kernels", nargs="+", choices=(*KERNELS, *HOPPER_KERNELS), help="these alone")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument(
         "--lengths", type=int, help="count compilations for so many random lengths, and do nothing else"
@@ -298,6 +304,10 @@ def main() -> int:
         print(json.dumps(compilations(options.lengths)))
         return 0
     jobs = [job for job in (sample_jobs if options.sample else full_jobs)() if re.search(options.only, repr(job))]
+    if options.kernels:
+        of_jobs = [tuple(name for name in job.kernels if name in options.kernels) for job in jobs]
+        jobs = [replace(job, kernels=kernels) for job, kernels in zip(jobs, of_jobs, strict=True) if kernels]
+    print(f"Triton {triton.__version__}")
     head = f"{'arch':7} {'dtype':5} {'D':>3} {'Dv':>3} {'mask':26} {'score':18} {'kernel':14} {'tiles':45}"
     print(f"{head} {'regs':>4} {'spills':>6} {'shared':>7} {'estimate':>8}")
     bad = 0
@@ -310,7 +320,7 @@ def main() -> int:
                 verdict = ("serial " if row.is_serial else "") + ("" if row.is_good else f"BAD {row.error}")
                 print(f"{what} {row.config or '-'!s:45} {takes} {verdict}", flush=True)
                 bad += not row.is_good
-    print(f"{len(jobs)} jobs, {bad} bad rows")
+    print(f"Triton {triton.__version__}: {len(jobs)} jobs, {bad} bad rows")
     return 1 if bad else 0
 
 

@@ -10,6 +10,8 @@ benchmarks/README.md says how work is counted and what each field means.
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib.util
 import json
 import math
 import os
@@ -36,6 +38,7 @@ DEVICE, DTYPE = "cuda", torch.bfloat16
 # torch's own largest error scatters more. The second finds a lost tile among small gradients.
 ERROR_BUDGET, TILE_BUDGET = 2.0, 8.0
 TENSORS = ("out", "dq", "dk", "dv")
+SIDES = ("fwd", "bwd")
 
 
 class Wrong(Exception):
@@ -44,7 +47,11 @@ class Wrong(Exception):
 
 @dataclass(frozen=True)
 class Case:
-    """One work. visible and score say in plain torch what mask and score_mod say to AnyMask."""
+    """One work. visible and score say in plain torch what mask and score_mod say to AnyMask.
+
+    is_causal, window and lengths (of documents) say it to the peers that have flags, intervals [2, S] to those that
+    take the first key that a query sees, and the one after its last.
+    """
 
     work: str
     B: int
@@ -57,12 +64,20 @@ class Case:
     visible: Callable | None = None  # (b, h, q_idx, kv_idx) -> bool
     score_mod: Any = None
     score: Callable | None = None  # (score, b, h, q_idx, kv_idx) -> score
-    has_sdpa: bool = False  # SDPA has this mask as a flag: full or causal
+    Dv: int = 0  # 0: D
+    has_flags: bool = False  # SDPA and FlashAttention have this mask as a flag
+    is_causal: bool = False
+    window: int | None = None
+    lengths: tuple[int, ...] | None = None
+    intervals: torch.Tensor | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "Dv", self.Dv or self.D)
 
     @property
     def flop(self) -> int:
         """Of the forward. The backward counts 2.5 times as much."""
-        return 4 * self.B * self.Hq * self.D * self.pairs
+        return 2 * self.B * self.Hq * (self.D + self.Dv) * self.pairs
 
 
 # ---- the works: lengths and seeds of ../shared/peers/peers.py
@@ -72,20 +87,39 @@ def is_causal(b, h, q_idx, kv_idx):
     return q_idx >= kv_idx
 
 
+def full_case(work: str, B: int, Hq: int, Hkv: int, S: int, D: int) -> Case:
+    return Case(work, B, Hq, Hkv, S, D, S * S, has_flags=True)
+
+
 def causal_case(work: str, B: int, Hq: int, Hkv: int, S: int, D: int, **kw) -> Case:
-    return Case(work, B, Hq, Hkv, S, D, S * (S + 1) // 2, causal(), is_causal, **kw)
+    flags = {"has_flags": "score" not in kw, "is_causal": True}
+    return Case(work, B, Hq, Hkv, S, D, S * (S + 1) // 2, causal(), is_causal, **flags, **kw)
+
+
+def of_length(*lengths: int) -> Iterator[Case]:
+    for D in (128, 64):
+        for S in lengths:
+            B, H = 16384 // S, 2048 // D
+            yield full_case(f"full_D{D}_S{S}", B, H, H, S, D)
+            yield causal_case(f"causal_D{D}_S{S}", B, H, H, S, D)
 
 
 def dense() -> Iterator[Case]:
-    for D in (128, 64):
-        for S in (2048, 8192):
-            B, H = 16384 // S, 2048 // D
-            yield Case(f"full_D{D}_S{S}", B, H, H, S, D, S * S, has_sdpa=True)
-            yield causal_case(f"causal_D{D}_S{S}", B, H, H, S, D, has_sdpa=True)
+    yield from of_length(8192, 16384)
+
+
+def short() -> Iterator[Case]:
+    """Many short sequences: launches and ends."""
+    yield from of_length(512, 1024, 2048)
+
+
+def dims() -> Iterator[Case]:
+    for D, Dv, H in ((72, 72, 16), (96, 96, 16), (192, 128, 16), (256, 256, 8)):
+        yield causal_case(f"causal_D{D}_Dv{Dv}_S8192", 2, H, H, 8192, D, Dv=Dv)
 
 
 def gqa() -> Iterator[Case]:
-    yield causal_case("gqa32_8_causal_D128_S8192", 2, 32, 8, 8192, 128, has_sdpa=True)
+    yield causal_case("gqa32_8_causal_D128_S8192", 2, 32, 8, 8192, 128)
 
 
 def document_lengths(S: int) -> list[int]:
@@ -103,8 +137,19 @@ def document_ids(lengths: list[int]) -> torch.Tensor:
     return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(DEVICE)
 
 
-def documents_case(S: int) -> Case:
-    lengths = document_lengths(S)
+def document_bounds(lengths: list[int]) -> torch.Tensor:
+    """[2, S]: where each token's document begins and ends."""
+    n = torch.tensor(lengths)
+    ends = n.cumsum(0)
+    return torch.stack([ends - n, ends]).repeat_interleave(n, 1).to(DEVICE)
+
+
+def positions(S: int) -> torch.Tensor:
+    return torch.arange(S, device=DEVICE)
+
+
+def documents_case(S: int, lengths: list[int] | None = None) -> Case:
+    lengths = lengths or document_lengths(S)
     doc = document_ids(lengths)
     return Case(
         f"document_causal_D128_S{S}_n{len(lengths)}",
@@ -112,12 +157,22 @@ def documents_case(S: int) -> Case:
         pairs=sum(n * (n + 1) // 2 for n in lengths),
         mask=causal() & document(doc),
         visible=lambda b, h, q_idx, kv_idx: (doc[q_idx] == doc[kv_idx]) & (q_idx >= kv_idx),
+        is_causal=True,
+        lengths=tuple(lengths),
+        intervals=torch.stack([document_bounds(lengths)[0], positions(S) + 1]),
     )
 
 
 def documents() -> Iterator[Case]:
     yield documents_case(16384)
     yield documents_case(65536)
+
+
+def packs() -> Iterator[Case]:
+    """256 short documents."""
+    S = 32768
+    cuts = torch.randperm(S - 1, generator=torch.Generator().manual_seed(1))[:255].sort().values + 1
+    yield documents_case(S, torch.diff(cuts, prepend=torch.tensor([0]), append=torch.tensor([S])).tolist())
 
 
 def mode1_case(S: int) -> Case:
@@ -130,7 +185,15 @@ def mode1_case(S: int) -> Case:
         return (eq[q_idx] >= 0) | (eq[q_idx] == eq[kv_idx])
 
     pairs = sum(n * (S if i % 4 == 0 else n) for i, n in enumerate(lengths))
-    return Case(f"mode1_documents_D128_S{S}", 1, 16, 16, S, 128, pairs, from_function(visible), visible)
+    everything = torch.tensor([[0], [S]], device=DEVICE)
+    return Case(
+        f"mode1_documents_D128_S{S}",
+        *(1, 16, 16, S, 128),
+        pairs=pairs,
+        mask=from_function(visible),
+        visible=visible,
+        intervals=torch.where(eq >= 0, everything, document_bounds(lengths)),
+    )
 
 
 def mode1() -> Iterator[Case]:
@@ -146,6 +209,9 @@ def window() -> Iterator[Case]:
         pairs=sum(min(i + 1, W) for i in range(S)),
         mask=sliding_window(W - 1, 0),
         visible=lambda b, h, q_idx, kv_idx: (q_idx >= kv_idx) & (q_idx - kv_idx < W),
+        is_causal=True,
+        window=W,
+        intervals=torch.stack([(positions(S) - W + 1).clamp_min(0), positions(S) + 1]),
     )
 
 
@@ -166,7 +232,7 @@ def scores() -> Iterator[Case]:
     )
 
 
-CASES = {f.__name__: f for f in (dense, gqa, documents, mode1, window, scores)}
+CASES = {f.__name__: f for f in (dense, short, dims, gqa, documents, packs, mode1, window, scores)}
 
 
 # ---- the implementations: Case -> fn(q, k, v) -> out, or None where one has no such mask
@@ -180,19 +246,59 @@ def provide_anymask_triton(case: Case) -> Callable:
     return lambda q, k, v: attention(q, k, v, mask=case.mask, score_mod=case.score_mod, backend="triton")
 
 
-def provide_flex(case: Case) -> Callable:
+def provide_flex(case: Case, **options) -> Callable:
     blocks = None
     if case.visible is not None:
         blocks = create_block_mask(case.visible, None, None, case.S, case.S, device=DEVICE)
-    flex = torch.compile(flex_attention, dynamic=False)
+    flex = torch.compile(functools.partial(flex_attention, **options), dynamic=False)
     is_grouped = case.Hq != case.Hkv
     return lambda q, k, v: flex(q, k, v, score_mod=case.score, block_mask=blocks, enable_gqa=is_grouped)
 
 
-def provide_sdpa_cudnn(case: Case) -> Callable | None:
-    if not case.has_sdpa:
+def provide_flex_flash(case: Case) -> Callable | None:
+    """FlexAttention on FlashAttention-4's kernels, for what those have no flag for."""
+    return None if case.has_flags else provide_flex(case, kernel_options={"BACKEND": "FLASH"})
+
+
+def provide_fa4(case: Case) -> Callable | None:
+    """FlashAttention-4; documents by its variable lengths."""
+    from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
+
+    flags: dict[str, Any] = {"causal": case.is_causal}
+    if case.window:
+        flags["window_size"] = (case.window - 1, 0)
+    if case.lengths:
+        bounds, longest = F.pad(torch.tensor(case.lengths).cumsum(0), (1, 0)).to(DEVICE, torch.int32), max(case.lengths)
+        flags |= {f"cu_seqlens_{x}": bounds for x in "qk"} | {f"max_seqlen_{x}": longest for x in "qk"}
+
+        def run(q, k, v):
+            out = flash_attn_varlen_func(*(x[0].transpose(0, 1) for x in (q, k, v)), **flags)[0]
+            return out.transpose(0, 1)[None]
+
+        return run
+    if not (case.has_flags or case.window):
         return None
-    flags = {"is_causal": case.visible is not None, "enable_gqa": case.Hq != case.Hkv}
+    return lambda q, k, v: flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), **flags)[0].transpose(1, 2)
+
+
+def provide_cudnn_flex(case: Case) -> Callable | None:
+    """cuDNN's flex attention, for which a user writes intervals of keys by hand."""
+    from cudnn.flex_attention import create_mask_plan, flex_attn_func
+
+    if case.intervals is None:
+        return None
+    # [1, 3, S]: a query sees the keys before the first number, and those from the second to the third
+    first, end = case.intervals.int()
+    intervals = torch.stack([torch.zeros_like(first), first, end])[None].contiguous()
+    tokens_first = [x.detach().transpose(1, 2) for x in make_inputs(case)[:3]]
+    plan = create_mask_plan(intervals, *tokens_first, build_backward=True)
+    return lambda q, k, v: flex_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), mask_plan=plan).transpose(1, 2)
+
+
+def provide_sdpa_cudnn(case: Case) -> Callable | None:
+    if not case.has_flags:
+        return None
+    flags = {"is_causal": case.is_causal, "enable_gqa": case.Hq != case.Hkv}
 
     def run(q, k, v):
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
@@ -201,22 +307,26 @@ def provide_sdpa_cudnn(case: Case) -> Callable | None:
     return run
 
 
-PROVIDERS = {
+OURS = {"anymask": provide_anymask, "anymask_triton": provide_anymask_triton}
+PEERS = {
     "flex": provide_flex,
-    "anymask": provide_anymask,
-    "anymask_triton": provide_anymask_triton,
     "sdpa_cudnn": provide_sdpa_cudnn,
 }
+if importlib.util.find_spec("flash_attn"):
+    PEERS |= {"flex_flash": provide_flex_flash, "fa4": provide_fa4}
+if importlib.util.find_spec("cudnn"):
+    PEERS["cudnn_flex"] = provide_cudnn_flex
+PROVIDERS = OURS | PEERS
 
 
 # ---- the check
 
 
 def make_inputs(case: Case) -> list[torch.Tensor]:
-    """q, k, v, which require grad, and dout: [B, H, S, D]."""
+    """q, k [B, H, S, D] and v [B, H, S, Dv], which require grad, and dout [B, Hq, S, Dv]."""
     torch.manual_seed(0)
-    heads = (case.Hq, case.Hkv, case.Hkv, case.Hq)
-    inputs = [torch.randn(case.B, H, case.S, case.D, device=DEVICE, dtype=DTYPE) for H in heads]
+    sizes = ((case.Hq, case.D), (case.Hkv, case.D), (case.Hkv, case.Dv), (case.Hq, case.Dv))
+    inputs = [torch.randn(case.B, H, case.S, D, device=DEVICE, dtype=DTYPE) for H, D in sizes]
     for x in inputs[:3]:
         x.requires_grad_()
     return inputs
@@ -227,7 +337,7 @@ def plain(case: Case, inputs: list[torch.Tensor], b: int, kv_head: int, dtype: t
 
     Works on `chunk` query rows at a time, so that memory grows with S and not with its square. Products
     are in dtype, the softmax in float32 or float64, as model code writes it. In float64 this is the truth.
-    Returns float64 tensors out, dq [G, S, D] and dk, dv [S, D].
+    Returns float64 tensors out [G, S, Dv], dq [G, S, D], dk [S, D] and dv [S, Dv].
     """
     q, k, v, dout = inputs
     softmax_dtype = torch.promote_types(dtype, torch.float32)
@@ -235,7 +345,7 @@ def plain(case: Case, inputs: list[torch.Tensor], b: int, kv_head: int, dtype: t
     # float64 leaves, so that gradients add up over chunks and heads without rounding
     k_leaf, v_leaf = (x.detach()[b, kv_head].double().requires_grad_() for x in (k, v))
     kv_idx = torch.arange(case.S, device=q.device)
-    out, dq = (torch.empty(G, case.S, case.D, device=q.device, dtype=torch.float64) for _ in range(2))
+    out, dq = (torch.empty(G, case.S, D, device=q.device, dtype=torch.float64) for D in (case.Dv, case.D))
     for g in range(G):
         h, pairs = kv_head * G + g, 0
         for start in range(0, case.S, chunk):
@@ -294,7 +404,7 @@ class Gate:
         return {"max_error": errors, "error_over_plain": ratios}
 
     def check(self, out: torch.Tensor, grads: tuple[torch.Tensor, ...]) -> dict[str, dict]:
-        """out [B, Hq, S, D] and (dq, dk, dv) of one implementation, whole."""
+        """out [B, Hq, S, Dv] and (dq, dk, dv) of one implementation, whole."""
         dq, dk, dv = grads
         results = []
         for b, kv_head in self.heads:
@@ -368,18 +478,18 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"[:400]
 
 
-def run_case(case: Case) -> list[dict]:
-    """One row for each implementation that has the work; `failed` says why one was not timed."""
+def run_case(case: Case, impls: list[str]) -> list[dict]:
+    """One row for each of these that has the work; `failed` says why one was not timed."""
     inputs = make_inputs(case)
     try:
         gate = Gate(case, inputs)
     except Exception as error:
-        return [{"work": case.work, "impl": impl, "failed": f"no reference: {reason(error)}"} for impl in PROVIDERS]
+        return [{"work": case.work, "impl": impl, "failed": f"no reference: {reason(error)}"} for impl in impls]
     rows, fns = {}, {}
-    for impl, provide in PROVIDERS.items():
+    for impl in impls:
         row = {"work": case.work, "impl": impl}
         try:
-            fn = provide(case)
+            fn = PROVIDERS[impl](case)
             if fn is None:
                 continue
             row.update(check(fn, inputs, gate))
@@ -399,6 +509,10 @@ def run_case(case: Case) -> list[dict]:
             row[f"{side}_ms"], row[f"{side}_spread_ms"], row[f"{side}_tflops"] = ms, spread, round(flop / ms * 1e-9, 1)
             if "flex" in times:
                 row[f"{side}_speed_over_flex"] = round(times["flex"][0] / ms, 3)
+            peers = {peer: times[peer][0] for peer in PEERS if peer in times}
+            if impl in OURS and peers:
+                row[f"{side}_best_peer"] = best = min(peers, key=peers.__getitem__)
+                row[f"{side}_speed_over_best"] = round(peers[best] / ms, 3)
     torch._dynamo.reset()
     return list(rows.values())
 
@@ -471,16 +585,19 @@ def line_of(row: dict) -> str:
         return f"{start} {row['failed']}"
     if "fwd_ms" not in row:
         return f"{start} " + "  ".join(f"{key} {value}" for key, value in row.items() if key not in ("work", "impl"))
-    ratios = [f"{row.get(f'{side}_speed_over_flex', math.nan):5.2f}" for side in ("fwd", "bwd")]
+    over = " ".join(
+        f"{row.get(f'{side}_speed_over_{peer}', math.nan):5.2f}" for peer in ("flex", "best") for side in SIDES
+    )
+    best = " / ".join(dict.fromkeys(row[f"{side}_best_peer"] for side in SIDES if f"{side}_best_peer" in row))
     return (
-        f"{start} {row['fwd_ms']:9.3f} {row['bwd_ms']:9.3f} {row['fwd_tflops']:8.1f} {row['bwd_tflops']:7.1f} "
-        f"{ratios[0]:>8} {ratios[1]:>6} {max(row['error_over_plain'].values()):8.2f} {row['peak_extra_mib']:9.1f}"
+        f"{start} {row['fwd_ms']:9.3f} {row['bwd_ms']:9.3f} {row['fwd_tflops']:8.1f} {row['bwd_tflops']:7.1f}   "
+        f"{over} {max(row['error_over_plain'].values()):6.2f} {row['peak_extra_mib']:9.1f} {best}"
     )
 
 
 HEADER = (
-    f"{'work':<40} {'impl':<14} {'fwd ms':>9} {'bwd ms':>9} {'TFLOP/s':>8} {'bwd':>7} "
-    f"{'x flex':>8} {'bwd':>6} {'err':>8} {'peak MiB':>9}"
+    f"{'work':<40} {'impl':<14} {'fwd ms':>9} {'bwd ms':>9} {'TFLOP/s':>8} {'bwd':>7}   "
+    f"{'x flex':>6} {'bwd':>4} {'x best':>6} {'bwd':>4} {'err':>6} {'peak MiB':>9} best peer"
 )
 
 
@@ -489,6 +606,7 @@ def main() -> None:
     groups = [*CASES, "first_call"]
     parser.add_argument("groups", nargs="*", metavar="group", help=f"which works: {', '.join(groups)}; all by default")
     parser.add_argument("--only", default="", help="works whose name matches this regular expression")
+    parser.add_argument("--impls", nargs="+", choices=PROVIDERS, default=list(PROVIDERS), help="all by default")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "gpu.jsonl")
     parser.add_argument("--first-call-of", choices=PROVIDERS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -516,13 +634,13 @@ def main() -> None:
             if group in CASES:
                 for case in CASES[group]():
                     if re.search(arguments.only, case.work):
-                        keep(run_case(case))
+                        keep(run_case(case, arguments.impls))
             else:
                 keep(first_call())
     print(f"\n{HEADER}")
     for row in rows:
         print(line_of(row))
-    failed = [row for row in rows if "failed" in row and row["impl"] == "anymask"]
+    failed = [row for row in rows if "failed" in row and row["impl"] in OURS]
     if failed:
         raise SystemExit(f"{len(failed)} rows of AnyMask failed")
 

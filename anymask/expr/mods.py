@@ -44,6 +44,20 @@ class Mods:
         return any(node.op is Op.LOAD for node in self.mask.walk())
 
     @functools.cached_property
+    def is_segmented(self) -> bool:
+        """A query sees only keys whose captured number is as its own, as within documents: rows visit few tiles."""
+        conditions = [self.mask]
+        for node in conditions:  # which grows
+            conditions += node.args if node.op is Op.AND else ()
+        one_each = {frozenset(("q_idx",)), frozenset(("kv_idx",))}
+        return any(
+            node.op is Op.EQ
+            and {arg.indices() & {"q_idx", "kv_idx"} for arg in node.args} == one_each
+            and all(arg.slots() for arg in node.args)
+            for node in conditions
+        )
+
+    @functools.cached_property
     def bare_reads(self) -> tuple[tuple[int, int, str], ...]:
         """(slot, dimension, index name) of each read of a captured tensor at an index as it is: ids[b, q_idx]."""
         return tuple(

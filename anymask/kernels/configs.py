@@ -36,6 +36,12 @@ class HopperConfig:
     def num_consumers(self) -> int:
         return self.BLOCK_Q // 64
 
+    @property
+    def programs_together(self) -> int:
+        """That a multiprocessor has registers for; the producer counts as a warpgroup."""
+        registers, _ = HOPPER_REGISTERS[self.num_consumers]
+        return 65536 // (registers * 128 * (self.num_consumers + 1))
+
     def __str__(self) -> str:
         ways = ", in turns" * self.has_turns + ", persistent" * self.is_persistent
         return f"{self.BLOCK_Q}x{self.BLOCK_KV}, {self.num_consumers} warpgroups{ways}, {self.num_stages} stages"
@@ -147,24 +153,35 @@ def lookup(family: str, arithmetic: str, D: int, has_mask: bool, has_score: bool
 
 @dataclass(frozen=True)
 class HopperRow:
+    """only: for "dense": no mask and no score function; "regular": a mask of indices alone or none, and no score
+    function; "ragged": a mask that reads tensors; "segmented": one as of documents (Mods.is_segmented).
+    """
+
     max_D: int  # of max(D, Dv)
     forward: HopperConfig
-    min_Sq: int = 0
-    is_light: bool = False  # only for masks of indices alone, without a score function
+    only: str = ""
+    min_Skv: int = 0
+    max_Skv: int = 1 << 62
     max_Dv: int = 256
 
 
-# H200, bf16, 16,384 tokens in all, 2026-11-22. Numbers are TFLOP/s: no mask / causal.
+# H200, bf16, 16,384 tokens in all unless said, 2026-11-22. Numbers are TFLOP/s, no mask / causal, and of documents.
 HOPPER_ROWS = (
-    # S 16384 523 / 501, 8192 513 / 469, 4096 478 / 407, 2048 447 / 321; documents spill 728 bytes
-    HopperRow(64, HopperConfig(192, 128, 3, False), 2048, True),
-    # S 16384 434 / 432, 2048 395 / 326, 1024 347 / 245, 512 276 / 165; the portable one 352 / 367, 349 / 323,
-    # 329 / 266, 288 / 194
-    HopperRow(64, HopperConfig(128, 128, 3, True), 2048),
-    # S 16384 645 / 629, 2048 605 / 505, 512 424 / 251; without turns 621 / 617; the portable one 455 / 438, 428 / 386,
-    # 341 / 219
+    # S 16384 522 / 511, 4096 502 / 421, 1024 454 / 250, 512 400 / 177; not persistent 501 / 498, 475 / 406, 360 / 220,
+    # 281 / 153; documents spill 728 bytes
+    HopperRow(64, HopperConfig(192, 128, 3, False, True), "dense"),
+    HopperRow(64, HopperConfig(192, 128, 3, False, True), "regular", min_Skv=4096),
+    # S 16384 452 / 442, 4096 443 / 416, 1024 434 / 328, 512 398 / 238, documents 326; 128 x 128 444 / 445, 443 / 429,
+    # 416 / 327, 380 / 238, 283; the portable kernel 389 / 419, 410 / 279 (S 1024), 355 / 197 (S 512)
+    HopperRow(64, HopperConfig(64, 128, 2, False, True)),
+    # documents of 128 tokens, 32k in all 160, 128 x 128 125; of 1,170 tokens 421, 421; of 4,680 tokens, 65k 469, 545
+    HopperRow(128, HopperConfig(64, 64, 2, False, True), "segmented", max_Skv=32768),
+    # S 16384 639 / 613, 8192 640 / 610, 4096 609 / 597, 1024 617 / 452, 512 530 / 320; not persistent 653 / 627,
+    # 624 / 606, 611 / 581, 532 / 380, 424 / 256; documents 421, 65k 545; 405, 532
+    HopperRow(128, HopperConfig(128, 128, 2, True, True), max_Skv=8192),
+    HopperRow(128, HopperConfig(128, 128, 2, True, True), "ragged"),
     HopperRow(128, HopperConfig(128, 128, 2, True)),
-    # not measured
+    # S 8192, causal, portable kernel: 192/128 628, 331 (192/192); 256 606, 489. 160 not measured
     HopperRow(160, HopperConfig(128, 128, 2, True)),
     HopperRow(192, HopperConfig(128, 128, 2, True), max_Dv=128),
     HopperRow(192, HopperConfig(128, 64, 3, True)),
@@ -172,17 +189,20 @@ HOPPER_ROWS = (
 )
 
 
-def hopper_config(D: int, Dv: int, Sq: int, tile_q: int, is_light: bool) -> HopperConfig | None:
-    """The forward's for maps with tiles of tile_q queries; None where the portable one is faster."""
+def hopper_config(D: int, Dv: int, Skv: int, tile_q: int, kinds: frozenset[str]) -> HopperConfig:
+    """The forward's for maps with tiles of tile_q queries. kinds: what mask and score function are (HopperRow.only)."""
     max_D = min(row.max_D for row in HOPPER_ROWS if row.max_D >= max(D, Dv))
-    for row in HOPPER_ROWS:
-        BLOCK_Q = row.forward.BLOCK_Q
-        fits = max(BLOCK_Q, tile_q) % min(BLOCK_Q, tile_q) == 0
-        if row.max_D == max_D and row.min_Sq <= Sq and row.is_light <= is_light and row.max_Dv >= Dv and fits:
-            return row.forward
-    return None
+    return next(
+        row.forward
+        for row in HOPPER_ROWS
+        if row.max_D == max_D
+        and row.max_Dv >= Dv
+        and row.min_Skv <= Skv <= row.max_Skv
+        and (not row.only or row.only in kinds)
+        and max(row.forward.BLOCK_Q, tile_q) % min(row.forward.BLOCK_Q, tile_q) == 0
+    )
 
 
 # Registers a thread, by number of consumers: at entry, and of each role but the first (which gets what is left) after
 # the register split.
-HOPPER_REGISTERS = {2: (168, (240, 24)), 3: (128, (160, 160, 24))}
+HOPPER_REGISTERS = {1: (128, (24,)), 2: (168, (240, 24)), 3: (128, (160, 160, 24))}

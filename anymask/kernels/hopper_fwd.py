@@ -587,7 +587,9 @@ def hopper_forward_kernel(
         IS_EVEN_KV,
         HAS_TURNS,
     )
-    if NUM_CONSUMERS == 2:
+    if NUM_CONSUMERS == 1:
+        gl.warp_specialize([(attend, (call, rings, gl.constexpr(0))), (load_tiles, (call, rings))], [1], REGISTERS)
+    elif NUM_CONSUMERS == 2:
         gl.warp_specialize(
             [
                 (attend, (call, rings, gl.constexpr(0))),

@@ -42,7 +42,7 @@ def forward_recipe(
     num_rows, num_heads = walk[3:5]
     programs = num_heads * num_rows * tile[0] // config.BLOCK_Q
     if config.is_persistent:
-        programs = min(programs, _num_multiprocessors(q.device))
+        programs = min(programs, _num_multiprocessors(q.device) * config.programs_together)
     registers, of_roles = HOPPER_REGISTERS[config.num_consumers]
     return Recipe(
         q.device,

@@ -102,7 +102,7 @@ def choose(
     if backend == "gluon" and why_no_gluon:
         raise UnsupportedError(f"backend='gluon' cannot run this: {why_no_gluon}. backend='triton' can")
     if backend is None:
-        if problem.D not in HOPPER_DIMS or problem.Dv not in HOPPER_DIMS:
+        if min(problem.D, problem.Dv) < 64:
             why_no_gluon = why_no_gluon or f"it has not been measured with D {problem.D} and Dv {problem.Dv}"
         if min(tile) < 64:
             why_no_gluon = why_no_gluon or f"the map's tiles of {tile[0]} x {tile[1]} are for smaller ones than its"
@@ -111,13 +111,8 @@ def choose(
     elif backend == "triton":
         why_no_gluon = "backend='triton'"
     hopper = None
-    if not why_no_gluon:
-        Sq = problem.Sq if backend is None else 1 << 62
-        # a mask of indices alone leaves the registers that three consumers need
-        is_light = not (mods.is_ragged or mods.has_score)
-        hopper = hopper_config(problem.D, problem.Dv, Sq, tile[0], is_light)
-        if hopper is None:
-            why_no_gluon = f"the portable one is faster for {Sq} queries of head dim {problem.D}"
+    if not (obstacle or why_no_gluon):
+        hopper = hopper_config(problem.D, problem.Dv, problem.Skv, tile[0], _kinds(mods))
     if backend is None:
         backend = "eager" if obstacle or arch == "interpreter" else "triton" if why_no_gluon else "gluon"
     if backend not in ("gluon", "triton"):
@@ -144,6 +139,18 @@ def choose(
             wanted[kernel] = _override(kernel, default, config[kernel], need)
     plan = replace(plan, **wanted)
     return replace(plan, why=f"{plan.why}; config= sets {', '.join(f'{name} {wanted[name]}' for name in wanted)}")
+
+
+def _kinds(mods: Mods) -> frozenset[str]:
+    """What a HopperRow may be for only."""
+    is_regular = not (mods.is_ragged or mods.has_score)
+    kinds = {
+        "dense": is_regular and not mods.has_mask,
+        "regular": is_regular,
+        "ragged": mods.is_ragged,
+        "segmented": mods.is_segmented,
+    }
+    return frozenset(kind for kind, holds in kinds.items() if holds)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -292,7 +299,6 @@ def _obstacle(problem: Problem, tile: tuple[int, int], arch: str) -> str | None:
     return None
 
 
-HOPPER_DIMS = (64, 128)  # that have been measured
 GLUON_VERSIONS = ("3.6",)  # of Triton, whose Gluon the kernels are written in and compiled with
 
 
@@ -373,10 +379,10 @@ def _override_hopper(default: HopperConfig, wanted: Any, tile: tuple[int, int], 
             f"config['forward'] = {wanted} should name BLOCK_Q, BLOCK_KV, num_stages, has_turns or is_persistent of "
             "the Gluon forward"
         ) from None
-    if config.BLOCK_Q not in (128, 192) or config.BLOCK_KV not in (64, 128) or config.num_stages < 1:
+    if config.BLOCK_Q not in (64, 128, 192) or config.BLOCK_KV not in (64, 128) or config.num_stages < 1:
         raise UnsupportedError(
-            f"config['forward']: the Gluon forward takes BLOCK_Q 128 or 192, BLOCK_KV 64 or 128, num_stages from 1 on: "
-            f"{config}"
+            "config['forward']: the Gluon forward takes BLOCK_Q 64, 128 or 192, BLOCK_KV 64 or 128, num_stages from 1 "
+            f"on: {config}"
         )
     if max(config.BLOCK_Q, tile[0]) % min(config.BLOCK_Q, tile[0]):
         raise UnsupportedError(f"config['forward']: BLOCK_Q={config.BLOCK_Q} and the map's {tile[0]}: none divides")

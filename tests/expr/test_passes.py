@@ -17,7 +17,8 @@ from anymask.expr.grad import derivative
 from anymask.expr.ir import SCORE, TRUE, DType, Expr, Op, apply, cast, const, from_text, index, to_text
 from anymask.expr.mods import Mods, bind_structural
 from anymask.expr.simplify import simplify
-from tests.cases import SCORES, Sizes
+from anymask.expr.trace import trace
+from tests.cases import MASKS, SCORES, Sizes
 from tests.expr.expressions import OPERATIONS, bindings, expressions
 
 INDICES = {
@@ -161,3 +162,10 @@ def test_equal_expressions_are_one_object() -> None:
     assert one is two and hash(one) == hash(two)
     assert const(1, DType.INT32) is not const(1.0, DType.FLOAT) and const(True, DType.BOOL) is TRUE
     assert const(0.0, DType.FLOAT) is not const(-0.0, DType.FLOAT)
+
+
+def test_documents_are_segmented() -> None:
+    sizes = Sizes(B=2, H=2, Sq=256, Skv=256)
+    texts = {name: trace(make(sizes), None, torch.device("cpu")).mask for name, make in MASKS.items()}
+    found = {name for name, text in texts.items() if Mods(from_text(text)).is_segmented}
+    assert found == {name for name in MASKS if name.startswith("documents_")} - {"documents_shared_prefix"}

@@ -13,12 +13,22 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def aot(*arguments: str) -> str:
-    """What benchmarks/aot.py prints, in a process of its own: this one may run Triton's interpreter."""
+NEWEST_TRITON = ROOT / ".venv" / "newest"  # where `make` installs it
+
+
+def aot(*arguments: str, first: Path = ROOT) -> str:
+    """What benchmarks/aot.py prints, in a process of its own: this one may run Triton's interpreter.
+
+    first: where that process looks first for packages.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "benchmarks/aot.py", *arguments]
     done = subprocess.run(
-        command, cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+        command,
+        cwd=ROOT,
+        env=environment | {"PYTHONPATH": f"{first}{os.pathsep}{ROOT}"},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -29,6 +39,14 @@ def test_sample_compiles() -> None:
     printed = aot("--sample")
     for arch in ("sm_80", "sm_90", "sm_100", "gfx942"):
         assert arch in printed
+
+
+@pytest.mark.slow
+def test_hopper_kernels_compile_with_the_newest_triton() -> None:
+    assert NEWEST_TRITON.exists(), f"no Triton in {NEWEST_TRITON}: `make {NEWEST_TRITON.relative_to(ROOT)}` installs it"
+    printed = aot("--sample", "--kernels", "hopper_forward", first=NEWEST_TRITON)
+    (version,) = (line for line in (ROOT / "requirements" / "newest.txt").read_text().splitlines() if "==" in line)
+    assert printed.startswith(f"Triton {version.removeprefix('triton==')}\n")
 
 
 def test_new_lengths_and_documents_compile_next_to_nothing() -> None:

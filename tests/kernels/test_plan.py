@@ -45,6 +45,7 @@ NONE = Mods()
 # a bias for each pair, which the kernels stage in shared memory, and ids for each row
 BIAS = Expr.of(Op.LOAD, DType.FLOAT, (index("q_idx"), index("kv_idx")), 0)
 IDS = [Expr.of(Op.LOAD, DType.INT64, (index(name),), 1) for name in ("q_idx", "kv_idx")]
+CAUSAL = apply(Op.LE, index("kv_idx"), index("q_idx"))
 HEAVY = Mods(apply(Op.EQ, *IDS), apply(Op.ADD, SCORE, BIAS))
 
 
@@ -136,7 +137,8 @@ def test_why_says_what_was_chosen() -> None:
         ({"backend": "gluon", "D": 264}, "up to 256, not 264 and 264"),
         ({"backend": "gluon", "tma_obstacle": "q is odd"}, "q is odd. backend='triton' can"),
         ({"backend": "gluon", "config": {"forward": {"num_warps": 4}}}, "has_turns"),
-        ({"backend": "gluon", "config": {"forward": {"BLOCK_Q": 64}}}, "BLOCK_Q 128 or 192"),
+        ({"backend": "gluon", "config": {"forward": {"BLOCK_Q": 256}}}, "BLOCK_Q 64, 128 or 192"),
+        ({"backend": "gluon", "config": {"forward": {"BLOCK_Q": 64}}}, "two warpgroups take turns, not 1"),
         ({"backend": "gluon", "config": {"forward": {"BLOCK_Q": 192}}}, "none divides"),
         ({"backend": "gluon", "tile": (64, 64), "config": {"forward": {"BLOCK_Q": 192}}}, "two warpgroups take turns"),
         ({"backend": "gluon", "config": {"forward": {"num_stages": 4}}}, "fewer stages"),
@@ -207,7 +209,7 @@ def test_gluon_refusals_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
         return plan.why
 
     assert "no gluon forward: v begins at an odd place" in why(tma_obstacle="v begins at an odd place")
-    assert "not been measured with D 72 and Dv 72" in why(D=72)
+    assert "not been measured with D 40 and Dv 40" in why(D=40)
     for version, words in (("3.5.1", "not 3.5.1"), ("3.9.0", "Triton 3.6, not 3.9.0"), ("", "not none")):
         monkeypatch.setattr(plan_module, "_triton_version", lambda version=version: version)
         assert words in why()
@@ -215,26 +217,31 @@ def test_gluon_refusals_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_hopper_config_is_obeyed() -> None:
-    wanted = {"BLOCK_Q": 192, "num_stages": 2, "has_turns": False}
+    wanted = {"BLOCK_Q": 192, "num_stages": 2, "has_turns": False, "is_persistent": False}
     plan = choose(problem(64), NONE, (64, 64), arch="sm_90", backend="gluon", config={"forward": wanted})
     assert plan.forward == HopperConfig(192, 128, 2, False) and "config= sets forward 192x128" in plan.why
     assert walk_shapes(plan, (64, 64))[0] == ((192, 128), False)
     wanted = {"is_persistent": True}
     plan = choose(problem(128), NONE, (64, 64), arch="sm_90", backend="gluon", config={"forward": wanted})
     assert plan.forward == HopperConfig(128, 128, 2, True, True) and "in turns, persistent" in plan.why
-    assert not choose(problem(128), NONE, (64, 64), arch="sm_90").forward.is_persistent
 
 
 def test_the_faster_forward_is_taken() -> None:
-    def plan(mods: Mods, Sq: int, D: int, tile: int = 64) -> Plan:
-        p = Problem(1, 4, 2, Sq, 4096, D, D, torch.bfloat16, CPU)
-        return choose(p, mods, (tile, tile), arch="sm_90")
+    def rows(Skv: int, D: int, tile: int = 64) -> list[int]:
+        p = Problem(1, 4, 2, 1000, Skv, D, D, torch.bfloat16, CPU)
+        plans = [choose(p, mods, (tile, tile), arch="sm_90") for mods in (NONE, regular, ragged, segmented, score)]
+        return [plan.forward.BLOCK_Q * (-1) ** plan.forward.is_persistent for plan in plans]
 
-    ragged, regular = Mods(apply(Op.EQ, *IDS)), Mods(apply(Op.LE, index("kv_idx"), index("q_idx")))
-    assert "portable one is faster for 1000 queries" in plan(regular, 1000, 64).why
-    assert [plan(mods, 1000, 128).forward.BLOCK_Q for mods in (NONE, regular, ragged)] == [128] * 3
-    assert [plan(mods, 4096, 64).forward.BLOCK_Q for mods in (NONE, regular, ragged, HEAVY)] == [192, 192, 128, 128]
-    assert plan(regular, 4096, 64, tile=128).forward.BLOCK_Q == 128  # 192 is no multiple of the map's tile
+    same = apply(Op.EQ, *IDS)
+    ragged, segmented = Mods(apply(Op.OR, same, CAUSAL)), Mods(apply(Op.AND, CAUSAL, same))
+    regular, score = Mods(CAUSAL), Mods(score=HEAVY.score)
+    assert rows(1024, 64) == [-192, -64, -64, -64, -64]
+    assert rows(4096, 64) == [-192, -192, -64, -64, -64]
+    assert rows(4096, 64, tile=128) == [-64, -64, -64, -64, -64]  # 192 is no multiple of the map's tile
+    assert rows(8192, 128) == [-128, -128, -128, -64, -128]
+    assert rows(32768, 128) == [128, 128, -128, -64, 128]
+    assert rows(65536, 128) == [128, 128, -128, -128, 128]
+    assert rows(8192, 192) == [128, 128, 128, 128, 128]
 
 
 def test_head_dims_are_short_sums_of_powers_of_two() -> None:
