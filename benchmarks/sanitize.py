@@ -42,6 +42,13 @@ class Case:
     forward: dict[str, Any] = field(default_factory=dict)
 
 
+# Hopper configs by their consumers.
+ONE: dict[str, Any] = {"BLOCK_Q": 64, "BLOCK_KV": 64, "num_stages": 2, "has_turns": False, "is_persistent": False}
+TWO = ONE | {"BLOCK_Q": 128, "BLOCK_KV": 128, "has_turns": True}
+THREE = TWO | {"BLOCK_Q": 192, "num_stages": 3, "has_turns": False}
+PERSISTENT = {"is_persistent": True}
+MANY = (150, 2, 1, 130, 140)  # more rows than multiprocessors have programs at a time
+
 CASES = {
     "triton unmasked": Case("triton", (1, 1, 1, 200, 270, 64, 64), F16),
     "triton causal": Case("triton", (1, 2, 2, 256, 256, 64, 64), BF16, "causal_top_left"),
@@ -49,18 +56,21 @@ CASES = {
     "triton softcap and ALiBi": Case("triton", (1, 1, 1, 200, 270, 64, 128), F16, "", "capped_and_biased"),
     "triton mode 1, bias, GQA": Case("triton", (1, 2, 1, 150, 170, 40, 24), BF16, "mode_1", "relative_bias"),
     "triton float32": Case("triton", (1, 2, 1, 150, 170, 40, 24), F32, "random_tensor", "full_bias"),
-    "hopper unmasked": Case("gluon", (1, 1, 1, 200, 270, 128, 128), BF16),
-    "hopper causal": Case("gluon", (1, 2, 2, 256, 256, 128, 128), BF16, "causal_top_left"),
-    "hopper documents, GQA": Case("gluon", (1, 2, 1, 200, 270, 128, 64), BF16, "documents_causal"),
-    "hopper softcap and ALiBi": Case("gluon", (1, 1, 1, 200, 270, 64, 128), F16, "", "capped_and_biased"),
-    "hopper mode 1, bias, GQA": Case("gluon", (1, 2, 1, 200, 270, 64, 64), BF16, "mode_1", "relative_bias"),
-    "hopper three consumers": Case("gluon", (1, 1, 1, 300, 270, 64, 64), BF16, "causal_top_left"),
+    "hopper unmasked": Case("gluon", (1, 1, 1, 200, 270, 128, 128), BF16, forward=TWO),
+    "hopper causal": Case("gluon", (1, 2, 2, 256, 256, 128, 128), BF16, "causal_top_left", forward=TWO),
+    "hopper documents, GQA": Case("gluon", (1, 2, 1, 200, 270, 128, 64), BF16, "documents_causal", forward=TWO),
+    "hopper softcap and ALiBi": Case("gluon", (1, 1, 1, 200, 270, 64, 128), F16, "", "capped_and_biased", TWO),
+    "hopper mode 1, bias, GQA": Case("gluon", (1, 2, 1, 200, 270, 64, 64), BF16, "mode_1", "relative_bias", TWO),
+    "hopper one consumer": Case("gluon", (1, 1, 1, 300, 270, 64, 64), BF16, "documents_causal", forward=ONE),
+    "hopper three consumers": Case("gluon", (1, 1, 1, 300, 270, 64, 64), BF16, "causal_top_left", forward=THREE),
     "hopper two chunks": Case("gluon", (1, 1, 1, 200, 270, 72, 96), BF16, "causal_top_left"),
     "hopper two chunks, 64 keys": Case("gluon", (1, 1, 1, 200, 270, 192, 192), BF16),
-    # more rows than there are multiprocessors
-    "hopper persistent unmasked": Case("gluon", (100, 2, 1, 130, 140, 128, 128), BF16, forward={"is_persistent": True}),
-    "hopper persistent documents": Case(
-        "gluon", (100, 2, 1, 130, 140, 64, 64), BF16, "documents_causal", forward={"is_persistent": True}
+    "hopper persistent": Case("gluon", (*MANY, 128, 128), BF16, forward=TWO | PERSISTENT),
+    "hopper persistent, one consumer": Case(
+        "gluon", (*MANY, 64, 64), BF16, "documents_causal", forward=ONE | PERSISTENT
+    ),
+    "hopper persistent, three consumers": Case(
+        "gluon", (*MANY, 64, 64), BF16, "causal_top_left", forward=THREE | PERSISTENT
     ),
 }
 

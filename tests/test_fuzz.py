@@ -4,7 +4,7 @@ A Program is all that compiled code depends on, and its Cases differ in the rest
 hold. The lengths of a program are equal modulo Reach.period, so that its cases have the same tails, and 16 divides the
 same strides. They compile forward, dq, dkdv and classify once each; once more where a number becomes 0 or 1, such as
 the offset Skv - Sq, or where a table is as long as the longer of q and k and these have different tails. The 500 cases
-on a Hopper GPU: 53 forwards (34 the Hopper one), 53 dq, 53 dkdv, 53 classify, one walk, one order.
+on a Hopper GPU: 53 forwards (37 the Hopper one), 53 dq, 53 dkdv, 52 classify, one walk, one order.
 
     pytest -n 14 --dist worksteal -m gpu tests/test_fuzz.py
 """
@@ -58,6 +58,12 @@ SPECIAL = {
     "dout": ("unaligned", "columns", "one number"),
 }
 JOINED = ("", "{0}", "{0}", "{0}", "{0}", "~{0}", "{0} & {1}", "{0} | {1}", "{0} ^ {1}", "{0} & ~{1}", "~{0} | {1}")
+# What is asked of the Hopper forward; None: the backend is left to the plan.
+FORWARDS: tuple[dict[str, Any] | None, ...] = (
+    *(None, None, None, {}),
+    *({"is_persistent": True}, {"is_persistent": False}),
+    *({"BLOCK_Q": 64, "BLOCK_KV": 64, "has_turns": False}, {"BLOCK_Q": 128, "has_turns": True}),
+)
 GRIDS, GRID_TOKENS = re.compile("neighbourhood|sliding_tile"), 40  # their windows need so many tokens
 
 # Relative errors that plain torch does not have: of scores computed twice in float32, and of their exponentials.
@@ -66,24 +72,29 @@ ROUNDING = 2.0**-20
 
 @dataclass(frozen=True)
 class Reach:
-    """What may be drawn: lengths below period * num_periods, and at most so many heads of all batches."""
+    """What may be drawn: lengths below period * num_periods, and at most num_heads query heads in all batches.
+
+    crowd: as many heads, and lengths below two periods, in every fifth program; 0 for none. A GPU has fewer
+    multiprocessors, so that persistent programs take several rows.
+    """
 
     dtypes: tuple[torch.dtype, ...]
     period: int
     num_periods: int
     num_heads: int
+    crowd: int
 
 
-ON_GPU = Reach((*HALF * 7, torch.float32), 128, 6, 12)
-ON_CPU = Reach((torch.float16, torch.float32), 32, 3, 4)
+ON_GPU = Reach((*HALF * 7, torch.float32), 128, 6, 12, 200)
+ON_CPU = Reach((torch.float16, torch.float32), 32, 3, 4, 0)
 
 
 @dataclass(frozen=True)
 class Program:
     """mask: masks of the zoo joined by & | ^ ~, "" for none.  rests: of Sq and Skv modulo the period.
 
-    tile: of the map, 0 for the default.  layouts: of NAMES, "" for another one in each case.  sign: of the scale.
-    forward: "", or "gluon" or "persistent" where there is a Hopper GPU.
+    num_periods: lengths are below so many.  tile: of the map, 0 for the default.  layouts: of NAMES, "" for another one
+    in each case.  sign: of the scale.  forward: of FORWARDS.
     """
 
     seed: int
@@ -96,11 +107,12 @@ class Program:
     D: int
     Dv: int
     rests: tuple[int, int]
+    num_periods: int
     tile: int
     layouts: tuple[str, ...]
     has_dlse: bool
     sign: int
-    forward: str
+    forward: dict[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -120,6 +132,7 @@ def draw_program(seed: int, reach: Reach) -> Program:
     B, Hkv, G = (draw.randint(1, most) for most in (3, 3, 4))
     while B * Hkv * G > reach.num_heads:
         B, Hkv, G = (draw.randint(1, most) for most in (3, 3, 4))
+    is_crowd = draw.random() < 0.2 and reach.crowd > 0
     dims = draw.choice(
         [(64, 128), (64, 128), (64, 128), (16, 32, 80, 96, 112, 160, 192, 256), (8, 24, 40, 72, 104, 128, 136, 200)]
     )
@@ -133,17 +146,18 @@ def draw_program(seed: int, reach: Reach) -> Program:
         mask=mask,
         score=draw.choice(["", "", draw.choice(list(SCORES))]),
         dtype=draw.choice(reach.dtypes),
-        B=B,
+        B=reach.crowd // (Hkv * G) if is_crowd else B,
         Hq=Hkv * G,
         Hkv=Hkv,
         D=D,
         Dv=Dv,
         rests=(draw.choice(rests), draw.choice(rests)),
+        num_periods=2 if is_crowd else reach.num_periods,
         tile=draw.choice([0, 0, half, reach.period]),
         layouts=layouts,
         has_dlse=draw.random() < 0.5,
         sign=draw.choice([1] * 9 + [-1]),
-        forward=draw.choice(["", "gluon", "gluon", "persistent"]),
+        forward=draw.choice(FORWARDS),
     )
 
 
@@ -153,7 +167,7 @@ def draw_cases(program: Program, reach: Reach, num: int) -> Iterator[Case]:
     for i in range(num):
         Sq = Skv = 0
         while 0 in (Sq, Skv) or max(Sq, Skv) < shortest:
-            Sq, Skv = (reach.period * draw.randrange(reach.num_periods) + rest for rest in program.rests)
+            Sq, Skv = (reach.period * draw.randrange(program.num_periods) + rest for rest in program.rests)
         layouts = tuple(layout or draw.choice(ANY) for layout in program.layouts)
         scale = None
         if program.sign < 0 or draw.random() < 0.4:
@@ -232,14 +246,14 @@ def allowed_errors(
     return [ROUNDING, of_lse, *(ROUNDING + error for error in of_gradients)]
 
 
-def forward_of(program: Program) -> dict[str, Any]:
-    """What attention() is asked for on this GPU: nothing, or the Hopper forward where it can read q, k and v."""
+def backend_of(program: Program) -> dict[str, Any]:
+    """What attention() is asked for on this GPU: program.forward where it can be had."""
     is_hopper = torch.cuda.get_device_capability() == (9, 0)
     is_read = not {"unaligned", "one head", "one batch"} & set(program.layouts[:3])
-    if not (program.forward and is_hopper and is_read and program.dtype in HALF):
+    if program.forward is None or not (is_hopper and is_read and program.dtype in HALF):
         return {}
-    is_persistent = program.forward == "persistent" and max(program.D, program.Dv) <= 128  # else no room for it
-    return {"backend": "gluon"} | ({"config": {"forward": {"is_persistent": True}}} if is_persistent else {})
+    has_room = max(program.D, program.Dv) <= 128  # in shared memory for any config
+    return {"backend": "gluon"} | ({"config": {"forward": program.forward}} if program.forward and has_room else {})
 
 
 @pytest.mark.gpu
@@ -247,7 +261,7 @@ def forward_of(program: Program) -> dict[str, Any]:
 def test_ten_cases_of_a_program(seed: int) -> None:
     program = draw_program(seed, ON_GPU)
     for case in draw_cases(program, ON_GPU, 10):
-        check_case(program, case, "cuda", **forward_of(program))
+        check_case(program, case, "cuda", **backend_of(program))
 
 
 @pytest.mark.parametrize("seed", range(15))
