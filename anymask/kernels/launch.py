@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-import threading
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from anymask.expr.mods import Mods
 from anymask.kernels.configs import Config, HopperConfig
 from anymask.kernels.jit import jitted
 from anymask.kernels.plan import KERNELS, Plan, Shape, is_walked, padded, walk_shapes
-from anymask.kernels.recipe import TENSOR, Layout, Recipe, current_stream
+from anymask.kernels.recipe import TENSOR, Layout, Recipe
 from anymask.kernels.triton_bwd import dkdv_kernel, dq_kernel
 from anymask.kernels.triton_fwd import forward_kernel
 from anymask.kernels.triton_map import classify_kernel
@@ -92,11 +92,13 @@ likeness = functools.lru_cache(maxsize=1024)(Likeness)
 class Prepared(NamedTuple):
     """A call made ready: its kernels start for any q, k, v and captured tensors laid out as those it was made for.
 
-    walks: of KERNELS.
+    walks: of KERNELS.  read: by the forward besides captured tensors: a counter for the stream it was made ready on, if
+    it is persistent, and its walk.
     """
 
     alike: Likeness
     walks: tuple[Walk | None, ...]
+    read: tuple[Tensor, ...]
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, captures: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """out [B, Hq, Sq, Dv] laid out as q (problem.dense_like), lse [B, Hq, Sq] float32, natural log.
@@ -104,12 +106,11 @@ class Prepared(NamedTuple):
         A row that sees no key: out = 0, lse = -inf.
         """
         alike = self.alike
-        out = torch.empty_strided(alike.out.shape, alike.out.strides, dtype=q.dtype, device=q.device)
-        lse = torch.empty_strided(*alike.lse, dtype=torch.float32, device=q.device)
+        out = q.new_empty_strided(alike.out.shape, alike.out.strides)
+        lse = q.new_empty_strided(*alike.lse, dtype=torch.float32)
         if alike.is_nothing:
             return out.zero_(), lse.fill_(float("-inf"))
-        counter = (counter_of(q.device),) if alike.is_persistent else ()
-        _forward_recipe(alike)(q, k, v, out, lse, *counter, *(self.walks[0] or ()), *_readable(captures))
+        _forward_recipe(alike)(q, k, v, out, lse, *self.read, *_readable(captures))
         return out, lse
 
     def backward(
@@ -153,17 +154,26 @@ def counter_of(device: torch.device) -> Tensor:
     """
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return torch.zeros(2, dtype=torch.int32, device=device)
-    return _counter(device, current_stream(device), threading.get_ident())
+    return _counter(device, cache.stream_of(device))
 
 
 @functools.cache
-def _counter(device: torch.device, stream: int, thread: int) -> Tensor:
+def _counter(device: torch.device, stream: Hashable) -> Tensor:
     return torch.zeros(2, dtype=torch.int32, device=device)
 
 
 def prepare(
-    q: Tensor, k: Tensor, v: Tensor, mods: Mods, bindings: Bindings, blocks: BlockMap, plan: Plan, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mods: Mods,
+    bindings: Bindings,
+    blocks: BlockMap,
+    plan: Plan,
+    scale: float,
+    is_forward: bool = True,
 ) -> Prepared:
+    """is_forward: its forward will run, not its backward alone."""
     alike = likeness(
         *map(Layout.of, (q, k, v)),
         tuple(map(Layout.of, _readable(bindings.captures))),
@@ -175,7 +185,9 @@ def prepare(
         plan,
         scale,
     )
-    return Prepared(alike, tuple(walk for walk, _ in walks(blocks, plan, mods.has_mask).values()))
+    made = tuple(walk for walk, _ in walks(blocks, plan, mods.has_mask).values())
+    counter = (counter_of(q.device),) if is_forward and alike.is_persistent else ()
+    return Prepared(alike, made, (*counter, *(made[0] or ())))
 
 
 def forward(
@@ -200,7 +212,7 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Prepared.backward, once."""
-    prepared = prepare(q, k, v, mods, bindings, blocks, plan, scale)
+    prepared = prepare(q, k, v, mods, bindings, blocks, plan, scale, is_forward=False)
     return prepared.backward(dout, dlse, q, k, v, out, lse, bindings.captures)
 
 
