@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from anymask.expr.mods import Mods
 from anymask.kernels.configs import Config, HopperConfig
 from anymask.kernels.jit import jitted
 from anymask.kernels.plan import KERNELS, Plan, Shape, is_walked, padded, walk_shapes
-from anymask.kernels.recipe import TENSOR, Layout, Recipe, current_stream
+from anymask.kernels.recipe import TENSOR, Layout, Outline, Recipe, current_stream
 from anymask.kernels.triton_bwd import dkdv_kernel, dq_kernel
 from anymask.kernels.triton_fwd import forward_kernel
 from anymask.kernels.triton_map import classify_kernel
@@ -141,8 +142,13 @@ class Prepared(NamedTuple):
         rows = torch.empty(of_rows, dtype=torch.float32, device=q.device)
         given = () if dlse is None else (dlse.contiguous(),)
         _, columns, lines = self.walks
-        dq_recipe(q, k, v, out, dout, lse, *given, dq, rows, *(lines or ()), *captures)
-        dkdv_recipe(q, k, v, dout, dk, dv, rows, *(columns or ()), *captures)
+        of_dq = (q, k, v, out, dout, lse, *given, dq, rows, *(lines or ()), *captures)
+        of_dkdv = (q, k, v, dout, dk, dv, rows, *(columns or ()), *captures)
+        if dkdv_recipe.is_new:  # side by side
+            dq_recipe.compile_ahead(*of_dq)
+            dkdv_recipe.compile_ahead(*of_dkdv)
+        dq_recipe(*of_dq)
+        dkdv_recipe(*of_dkdv)
         return dq, dk, dv
 
 
@@ -162,11 +168,24 @@ def _counter(device: torch.device, stream: int, thread: int) -> Tensor:
 
 
 def prepare(
-    q: Tensor, k: Tensor, v: Tensor, mods: Mods, bindings: Bindings, blocks: BlockMap, plan: Plan, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mods: Mods,
+    bindings: Bindings,
+    blocks: BlockMap,
+    plan: Plan,
+    scale: float,
+    find_map: Callable[[], BlockMap] | None = None,
 ) -> Prepared:
+    """Such calls, made ready.
+
+    find_map: gives the map, while the forward's kernel is compiled if it is new; `blocks` is then without its kinds.
+    """
+    captures = _readable(bindings.captures)
     alike = likeness(
         *map(Layout.of, (q, k, v)),
-        tuple(map(Layout.of, _readable(bindings.captures))),
+        tuple(map(Layout.of, captures)),
         bindings.ints,
         bindings.floats,
         mods,
@@ -175,7 +194,21 @@ def prepare(
         plan,
         scale,
     )
+    if find_map is not None:
+        if not alike.is_nothing:
+            _begin_forward(alike, q, k, v, captures)
+        blocks = find_map()
     return Prepared(alike, tuple(walk for walk, _ in walks(blocks, plan, mods.has_mask).values()))
+
+
+def _begin_forward(alike: Likeness, q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor]) -> None:
+    """Begin to compile, where it is new, what Prepared.forward launches."""
+    recipe = _forward_recipe(alike)
+    if recipe.is_new:
+        out, lse, int32 = Outline(q.dtype), Outline(torch.float32), Outline(torch.int32)
+        counter = (int32,) if alike.is_persistent else ()
+        walk = (Outline(torch.int64), int32) if is_walked("forward", alike.mods.has_mask) else ()
+        recipe.compile_ahead(q, k, v, out, lse, *counter, *walk, *captures)
 
 
 def forward(
