@@ -281,7 +281,9 @@ def prepare(
         return None
     from anymask.kernels import launch
 
-    return launch.prepare(q, k, v, call.mods, call.bindings, call.blocks, call.plan, call.scale, find_map)
+    has_gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    what = (call.mods, call.bindings, call.blocks, call.plan, call.scale)
+    return launch.prepare(q, k, v, *what, find_map, has_gradient)
 
 
 class PreparedAttention(torch.autograd.Function):

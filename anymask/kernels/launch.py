@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import threading
@@ -151,6 +152,18 @@ class Prepared(NamedTuple):
         dkdv_recipe(*of_dkdv)
         return dq, dk, dv
 
+    def begin_backward(self, q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor]) -> None:
+        """Begin to compile, where they are new, the kernels of a backward with dout laid out as out, and no dlse."""
+        alike = self.alike
+        strides = (alike.q.strides, alike.k.strides, alike.v.strides, alike.out.strides, alike.out.strides)
+        of_captures = tuple([x.strides for x in alike.captures])
+        dq_recipe, dkdv_recipe, _, _ = _backward_recipes(alike, strides, of_captures, False)
+        if dkdv_recipe.is_new:
+            like_q, row = Outline(q.dtype), Outline(torch.float32)
+            _, columns, lines = self.walks
+            dq_recipe.compile_ahead(q, k, v, like_q, like_q, row, like_q, row, *(lines or ()), *captures)
+            dkdv_recipe.compile_ahead(q, k, v, like_q, like_q, like_q, row, *(columns or ()), *captures)
+
 
 def counter_of(device: torch.device) -> Tensor:
     """[2] int32, 0, which no kernel uses that runs beside the next one launched; persistent kernels leave it 0.
@@ -177,10 +190,12 @@ def prepare(
     plan: Plan,
     scale: float,
     find_map: Callable[[], BlockMap] | None = None,
+    has_gradient: bool = False,
 ) -> Prepared:
     """Such calls, made ready.
 
     find_map: gives the map, while the forward's kernel is compiled if it is new; `blocks` is then without its kinds.
+    has_gradient: a backward will follow, so its kernels are begun too, but no call waits for them before it.
     """
     captures = _readable(bindings.captures)
     alike = likeness(
@@ -198,7 +213,11 @@ def prepare(
         if not alike.is_nothing:
             _begin_forward(alike, q, k, v, captures)
         blocks = find_map()
-    return Prepared(alike, tuple(walk for walk, _ in walks(blocks, plan, mods.has_mask).values()))
+    prepared = Prepared(alike, tuple(walk for walk, _ in walks(blocks, plan, mods.has_mask).values()))
+    if has_gradient and not alike.is_nothing:
+        with contextlib.suppress(Exception):  # is raised by the backward
+            prepared.begin_backward(q, k, v, captures)
+    return prepared
 
 
 def _begin_forward(alike: Likeness, q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor]) -> None:

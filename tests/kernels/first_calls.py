@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import multiprocessing
 import sys
 import threading
 import time
@@ -113,12 +114,14 @@ def calls() -> Iterator[tuple[tuple[Tensor, ...], dict[str, Any]]]:
 
 
 def ahead() -> Any:
-    """Each call's kernels: how often each was compiled until its backward's end, and whether always in a thread."""
+    """Each forward: how often a kernel was compiled, and whether always in a thread. No backward compiles any more."""
     compiler, rows = install(), []
     for tensors, call in calls():
         out = attention(*tensors, **{"backend": "triton"} | call)
-        torch.autograd.grad(out, tensors, torch.randn_like(out))
+        for thread in set(threading.enumerate()) - {threading.main_thread()}:
+            thread.join()
         seen = compiler.take()
+        torch.autograd.grad(out, tensors, torch.randn_like(out))
         rows.append([Counter(name for name, _, _ in seen), all(is_thread for _, _, is_thread in seen)])
         for _ in range(2):
             torch.autograd.grad(attention(*tensors, **{"backend": "triton"} | call), tensors, out)
@@ -126,8 +129,8 @@ def ahead() -> Any:
     return rows
 
 
-def backward() -> Any:
-    """What is compiled for gradients of out and lse; by a forward without gradients; by one with, and its backward."""
+def unforeseen() -> Any:
+    """What a backward compiles that was not begun with the forward: a gradient of lse; a forward without gradients."""
     compiler, found = install(), []
     tensors, other = qkv(), lambda b, h, q_idx, kv_idx: q_idx != kv_idx
     out, lse = attention(*tensors, mask=causal(), backend="triton", return_lse=True)
@@ -175,6 +178,17 @@ def errors() -> Any:
     compiler.fails.clear()
     compiler.take()
     return rows
+
+
+def leave() -> Any:
+    """The process forks, and ends, while the backward is being compiled."""
+    compiler = install()
+    compiler.seconds = 1
+    attention(*qkv(), mask=causal(), backend="triton")
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(0,))
+    child.start()
+    child.join(10)
+    return [child.exitcode, threading.active_count() > 1]
 
 
 def real() -> Any:
