@@ -271,14 +271,21 @@ def make_map(captures: tuple[Tensor, ...], *rest: Any) -> Tensor:
     return (_block_map if is_direct(*captures) else block_map)(captures, *rest)
 
 
-def prepare(q: Tensor, k: Tensor, v: Tensor, *program_and_how: Any) -> Prepared | None:
-    """The Triton kernels of a call, made ready for all calls like it; None where another backend runs it."""
+def prepare(
+    q: Tensor, k: Tensor, v: Tensor, find_map: Callable[[], BlockMap], *program_and_how: Any
+) -> Prepared | None:
+    """The Triton kernels of a call, made ready for all calls like it; None where another backend runs it.
+
+    find_map: gives the map. The kinds among program_and_how only tell how many maps there are, by batch and by head.
+    """
     call = _Call.of(q, k, v, *program_and_how)
     if not call.plan.has_kernels:
         return None
     from anymask.kernels import launch
 
-    return launch.prepare(q, k, v, call.mods, call.bindings, call.blocks, call.plan, call.scale)
+    has_gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    what = (call.mods, call.bindings, call.blocks, call.plan, call.scale)
+    return launch.prepare(q, k, v, *what, find_map=find_map, has_gradient=has_gradient)
 
 
 class PreparedAttention(torch.autograd.Function):

@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from anymask.expr.mods import Mods
 from anymask.kernels.configs import Config, HopperConfig
 from anymask.kernels.jit import jitted
 from anymask.kernels.plan import KERNELS, Plan, Shape, is_walked, padded, walk_shapes
-from anymask.kernels.recipe import TENSOR, Layout, Recipe
+from anymask.kernels.recipe import TENSOR, Layout, Outline, Recipe
 from anymask.kernels.triton_bwd import dkdv_kernel, dq_kernel
 from anymask.kernels.triton_fwd import forward_kernel
 from anymask.kernels.triton_map import classify_kernel
@@ -142,9 +143,26 @@ class Prepared(NamedTuple):
         rows = torch.empty(of_rows, dtype=torch.float32, device=q.device)
         given = () if dlse is None else (dlse.contiguous(),)
         _, columns, lines = self.walks
-        dq_recipe(q, k, v, out, dout, lse, *given, dq, rows, *(lines or ()), *captures)
-        dkdv_recipe(q, k, v, dout, dk, dv, rows, *(columns or ()), *captures)
+        of_dq = (q, k, v, out, dout, lse, *given, dq, rows, *(lines or ()), *captures)
+        of_dkdv = (q, k, v, dout, dk, dv, rows, *(columns or ()), *captures)
+        if dkdv_recipe.is_new:  # side by side
+            dq_recipe.compile_ahead(*of_dq)
+            dkdv_recipe.compile_ahead(*of_dkdv)
+        dq_recipe(*of_dq)
+        dkdv_recipe(*of_dkdv)
         return dq, dk, dv
+
+    def begin_backward(self, q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor]) -> None:
+        """Begin to compile, where they are new, the kernels of a backward with dout laid out as out, and no dlse."""
+        alike = self.alike
+        strides = (alike.q.strides, alike.k.strides, alike.v.strides, alike.out.strides, alike.out.strides)
+        of_captures = tuple([x.strides for x in alike.captures])
+        dq_recipe, dkdv_recipe, _, _ = _backward_recipes(alike, strides, of_captures, False)
+        if dkdv_recipe.is_new:
+            like_q, row = Outline(q.dtype), Outline(torch.float32)
+            _, columns, lines = self.walks
+            dq_recipe.compile_ahead(q, k, v, like_q, like_q, row, like_q, row, *(lines or ()), *captures)
+            dkdv_recipe.compile_ahead(q, k, v, like_q, like_q, like_q, row, *(columns or ()), *captures)
 
 
 def counter_of(device: torch.device) -> Tensor:
@@ -172,11 +190,19 @@ def prepare(
     plan: Plan,
     scale: float,
     is_forward: bool = True,
+    find_map: Callable[[], BlockMap] | None = None,
+    has_gradient: bool = False,
 ) -> Prepared:
-    """is_forward: its forward will run, not its backward alone."""
+    """Such calls, made ready.
+
+    is_forward: the forward will run, not the backward alone.
+    find_map: gives the map, while the forward's kernel is compiled if it is new; `blocks` is then without its kinds.
+    has_gradient: a backward will follow, so its kernels are begun too, but no call waits for them before it.
+    """
+    captures = _readable(bindings.captures)
     alike = likeness(
         *map(Layout.of, (q, k, v)),
-        tuple(map(Layout.of, _readable(bindings.captures))),
+        tuple(map(Layout.of, captures)),
         bindings.ints,
         bindings.floats,
         mods,
@@ -185,9 +211,27 @@ def prepare(
         plan,
         scale,
     )
+    if find_map is not None:
+        if not alike.is_nothing:
+            _begin_forward(alike, q, k, v, captures)
+        blocks = find_map()
     made = tuple(walk for walk, _ in walks(blocks, plan, mods.has_mask).values())
     counter = (counter_of(q.device),) if is_forward and alike.is_persistent else ()
-    return Prepared(alike, made, (*counter, *(made[0] or ())))
+    prepared = Prepared(alike, made, (*counter, *(made[0] or ())))
+    if has_gradient and not alike.is_nothing:
+        with contextlib.suppress(Exception):  # is raised by the backward
+            prepared.begin_backward(q, k, v, captures)
+    return prepared
+
+
+def _begin_forward(alike: Likeness, q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor]) -> None:
+    """Begin to compile, where it is new, what Prepared.forward launches."""
+    recipe = _forward_recipe(alike)
+    if recipe.is_new:
+        out, lse, int32 = Outline(q.dtype), Outline(torch.float32), Outline(torch.int32)
+        counter = (int32,) if alike.is_persistent else ()
+        walk = (Outline(torch.int64), int32) if is_walked("forward", alike.mods.has_mask) else ()
+        recipe.compile_ahead(q, k, v, out, lse, *counter, *walk, *captures)
 
 
 def forward(

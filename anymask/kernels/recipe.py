@@ -21,6 +21,8 @@ import torch
 import triton
 from torch import Tensor
 
+from anymask.kernels import ahead
+
 TENSOR = object()  # stands for a tensor among a recipe's arguments, also inside a tuple
 
 # Triton versions whose CompiledKernel.run is known to take the grid, stream, function, metadata, two hooks and then
@@ -69,10 +71,26 @@ class Descriptor:
         return SimpleNamespace(base=base, shape=self.shape, strides=self.strides, padding="zero")
 
 
+@dataclass
+class Outline:
+    """What a kernel's variant depends on of a tensor: its type, and its address modulo 16."""
+
+    dtype: torch.dtype
+    pointer: int = 0
+
+    def data_ptr(self) -> int:
+        return self.pointer
+
+    @staticmethod
+    def of(x: Tensor | Outline) -> Outline:
+        return Outline(x.dtype, x.data_ptr() % 16)
+
+
 class Recipe:
     """Call it with the tensors, in the order in which TENSOR or a Descriptor stands for them: it launches.
 
     programs: the grid.  arguments, keywords: as in kernel[grid](...). A recipe holds no tensor; one serves all threads.
+    is_new: nothing was launched, or compiled ahead.
     """
 
     def __init__(self, device: torch.device, kernel: Any, programs: int, *arguments: Any, **keywords: Any) -> None:
@@ -81,12 +99,18 @@ class Recipe:
         self._ordinary = _filler(self._arguments)
         self._options = keywords
         self._compiled: dict[tuple[int, ...], Any] = {}
+        self._ahead: Any = None
+        self.is_new = True
 
     def __call__(self, *tensors: Tensor) -> None:
         pointers = list(map(Tensor.data_ptr, tensors))
         alignment = tuple([pointer % 16 for pointer in pointers])
         launch = self._compiled.get(alignment)
         if launch is None or _is_hooked() or not is_current(self._device):
+            self.is_new = False
+            if self._ahead is not None:
+                ahead.finish(self._ahead)
+                self._ahead = None
             with _made_current(self._device):
                 compiled = self._kernel[self._grid](*self._ordinary(tensors), **self._options)
             if launch is None and _IS_KNOWN and compiled is not None:  # the interpreter compiles nothing
@@ -94,6 +118,17 @@ class Recipe:
             return
         # the pointers as numbers: Triton would ask each tensor again, and the driver whether the GPU can read there
         launch(pointers, current_stream(self._device))
+
+    def compile_ahead(self, *tensors: Tensor | Outline) -> None:
+        """Begin to compile, if the recipe is new, what a launch with such tensors takes: the next launch waits for it.
+
+        Not while a CUDA graph is captured. What goes wrong is left to the launch.
+        """
+        if self.is_new and not (self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            self.is_new = False
+            with contextlib.suppress(Exception), _made_current(self._device):
+                arguments = self._ordinary([Outline.of(x) for x in tensors])
+                self._ahead = ahead.begin(self._kernel, arguments, self._options)
 
 
 def _launch_of(compiled: Any, grid: tuple[int, int, int], arguments: tuple[Any, ...]) -> Any:
