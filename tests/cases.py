@@ -24,6 +24,7 @@ class Sizes:
     Sq: int
     Skv: int
     device: str = "cpu"
+    seed: int = 0  # other contents of the captured tensors
 
     @property
     def S(self) -> int:
@@ -31,7 +32,7 @@ class Sizes:
         return max(self.Sq, self.Skv)
 
     def generator(self, seed: int = 0) -> torch.Generator:
-        return torch.Generator().manual_seed(seed)
+        return torch.Generator().manual_seed(seed + 1000 * self.seed)
 
     def randint(self, low: int, high: int, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.randint(low, high, shape, generator=self.generator(high), dtype=dtype).to(self.device)

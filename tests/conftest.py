@@ -6,6 +6,7 @@ In CI the property tests draw the same examples each time, so that a submission 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import hypothesis
@@ -28,6 +29,15 @@ if not torch.cuda.is_available():
         return interpreter.TensorHandle(data, scalar.dtype.scalar)
 
     interpreter.InterpreterBuilder.create_splat = create_splat
+
+
+@pytest.fixture
+def poison() -> Iterator[None]:
+    """torch.empty gives NaN, so that an element which no kernel writes shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(1, device="cuda" if torch.cuda.is_available() else "cpu").isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from anymask import reference
 from anymask.expr.bindings import Bindings
 from anymask.expr.evaluate import evaluate
-from anymask.expr.mods import Mods
+from anymask.expr.mods import Mods, text_of
+from anymask.expr.trace import trace
 
 
 def plain(
@@ -31,3 +36,18 @@ def plain(
     lse = torch.where(sees, torch.logsumexp(safe, -1), -torch.inf)
     loss = (out.float() * dout.float()).sum() + (torch.where(sees, lse, 0.0) * dlse).sum()
     return (out.detach(), lse.detach(), *torch.autograd.grad(loss, (q, k, v)))
+
+
+def expected(
+    mask: Any, score_mod: Any, tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None], scale: float | None = None
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """out, lse, dq, dk, dv for q, k, v, dout, dlse: those of the float64 reference, and those of plain()."""
+    q, k, v, dout, dlse = (x if x is None else x.detach() for x in tensors)
+    program = trace(mask, score_mod)
+    mods = Mods.of(text_of(program.mask, program.score), program.bindings.ints, program.bindings.floats)
+    args = (mods, program.bindings, 1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    double = [x.double() for x in (q, k, v)]
+    exact = (*reference.forward(*double, *args), *reference.backward(dout, dlse, *double, *args))
+    if dlse is None:
+        dlse = torch.zeros_like(exact[1])
+    return exact, plain(q, k, v, dout, dlse, *args)

@@ -227,6 +227,24 @@ def test_kept_maps_are_bounded_and_hold_no_captured_tensor() -> None:
     assert len(cache._entries) == cache.MOST
 
 
+def test_what_one_stream_made_is_not_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = 0
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: stream, raising=False)
+    monkeypatch.setattr(cache, "_is_captured", lambda: False)
+
+    def find() -> object:
+        return cache.find("it", torch.device("cuda:0"), (), object)
+
+    of_streams = []
+    for stream in (0, 1, cache._PER_THREAD, 94628972954816):
+        with ThreadPoolExecutor(1) as thread:
+            mine, again, others = find(), find(), thread.submit(find).result()
+        assert mine is again and (mine is others) == (stream != cache._PER_THREAD)
+        of_streams.append(mine)
+    assert len(set(of_streams)) == 4
+    clear_cache()
+
+
 def test_cache_info_tells_what_is_kept() -> None:
     clear_cache()
     assert cache_info() == (0, 0, 0, cache.MOST, 0)

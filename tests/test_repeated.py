@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from anymask import (
     UnsupportedError,
@@ -195,6 +196,34 @@ def test_only_one_gradient_is_asked_for() -> None:
         expected = attention(q, k, v, mask=causal(), return_lse=True)[of].sum()
         for a, b in zip(torch.autograd.grad(got, (q, k)), torch.autograd.grad(expected, (q, k)), strict=True):
             torch.testing.assert_close(a, b)
+
+
+def test_a_gradient_where_one_is_asked_for() -> None:
+    q, k, v = qkv()
+    plain = tuple(x.detach() for x in (q, k, v))
+    expected = results((q, k, v), mask=causal(), backend="triton")
+    for _ in range(2):
+        for of, x in enumerate((q, k, v)):
+            tensors = (*plain[:of], x, *plain[of + 1 :])
+            out, lse = attention(*tensors, mask=causal(), return_lse=True, backend="triton")
+            (got,) = torch.autograd.grad(out.square().sum() + lse.clamp_min(-10).sum(), x)
+            assert torch.equal(got, expected[2 + of])
+        out, lse = attention(*plain, mask=causal(), return_lse=True, backend="triton")
+        assert not out.requires_grad and not lse.requires_grad
+        for mode in (torch.no_grad(), torch.inference_mode()):
+            with mode:
+                got = attention(q, k, v, mask=causal(), return_lse=True, backend="triton")
+            assert not any(x.requires_grad for x in got)
+            assert all(torch.equal(a, b) for a, b in zip(got, expected[:2], strict=True))
+
+
+def test_forward_mode_is_not_passed_by() -> None:
+    q, k, v = (x.detach() for x in qkv())
+    attention(q, k, v, mask=causal(), backend="triton")
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(q, torch.ones_like(q))
+        with pytest.raises(NotImplementedError, match="forward mode AD"):
+            attention(dual, k, v, mask=causal(), backend="triton")
 
 
 def test_no_second_derivative_is_silent() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from anymask.expr.trace import trace
 from anymask.masks import mask_from
 from anymask.testing import check, inputs
 from tests.cases import MASKS, SCORES, Sizes
-from tests.plain import plain
+from tests.plain import expected, plain
 
 B, HQ, HKV, SQ, SKV, D, DV = 2, 4, 2, 75, 52, 24, 40
 TILE = 32
@@ -32,17 +31,12 @@ def run(
     **options: Any,
 ) -> dict[str, float]:
     """Compute on a backend, check against the reference, return the errors. options: of attention()."""
-    q, k, v, dout, dlse = inputs(*sizes, dtype, device)
-    program = trace(mask, score_mod)
-    mods = Mods.of(text_of(program.mask, program.score), program.bindings.ints, program.bindings.floats)
-    scale = 1 / math.sqrt(q.shape[-1])
-    args = (mods, program.bindings, scale)
-    double = [x.detach().double() for x in (q, k, v)]
-    exact = (*reference.forward(*double, *args), *reference.backward(dout, dlse, *double, *args))
+    q, k, v, dout, dlse = tensors = inputs(*sizes, dtype, device)
+    exact, rounded = expected(mask, score_mod, tensors)
     blocks = block_map(mask, *sizes[:2], *sizes[3:5], device=device, tile=tile)
     out, lse = attention(q, k, v, block_map=blocks, score_mod=score_mod, return_lse=True, backend=backend, **options)
     got = (out, lse, *gradients(out, lse, (q, k, v), dout, dlse))
-    return check(got, exact, plain(q, k, v, dout, dlse, *args))
+    return check(got, exact, rounded)
 
 
 def gradients(out: Tensor, lse: Tensor, qkv: tuple[Tensor, ...], dout: Tensor, dlse: Tensor) -> tuple[Tensor, ...]:

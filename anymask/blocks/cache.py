@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -59,13 +60,13 @@ def find(
     """
     global _hits, _misses
     versions = _versions(captures)
-    is_cuda = device.type == "cuda"
+    is_cuda = _is_cuda(device)
     if (None in versions and not is_ours) or not are_plain(captures) or (is_cuda and _is_captured()):
         with _lock:
             _misses += 1
         return build()
     # a map is ready for the stream that it was built on, and for no other without waiting
-    stream = torch._C._cuda_getCurrentRawStream(device.index) if is_cuda else None
+    stream = stream_of(device) if is_cuda else None
     key = (what, device, stream, places(captures))
     with _lock:
         entry = _entries.get(key)
@@ -110,6 +111,18 @@ def are_plain(tensors: tuple[Tensor, ...]) -> bool:
     return not [x for x in tensors if type(x) not in _PLAIN] and _get_current_dispatch_mode() is None
 
 
+def stream_of(device: torch.device) -> Hashable:
+    """The current stream of a GPU, told apart from all others."""
+    stream = torch._C._cuda_getCurrentRawStream(device.index)
+    return (stream, threading.get_ident()) if stream == _PER_THREAD else stream
+
+
+@functools.cache
+def _is_cuda(device: torch.device) -> bool:
+    return device.type == "cuda"  # which makes a string each time
+
+
+_PER_THREAD = 2  # cudaStreamPerThread, as hipStreamPerThread: a stream of each thread's own
 _PLAIN = (Tensor, torch.nn.Parameter)
 _is_captured = torch.cuda.is_current_stream_capturing  # by a CUDA graph
 

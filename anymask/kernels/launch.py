@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
-import threading
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from anymask.expr.mods import Mods
 from anymask.kernels.configs import AnyConfig, Config, HopperBackwardConfig, HopperConfig
 from anymask.kernels.jit import jitted
 from anymask.kernels.plan import KERNELS, Plan, Shape, is_readable_by_tma, is_walked, padded, walk_shapes
-from anymask.kernels.recipe import TENSOR, Layout, Recipe, current_stream
+from anymask.kernels.recipe import TENSOR, Layout, Outline, Recipe
 from anymask.kernels.triton_bwd import dkdv_kernel, dq_kernel
 from anymask.kernels.triton_fwd import forward_kernel
 from anymask.kernels.triton_map import classify_kernel
@@ -96,11 +97,13 @@ likeness = functools.lru_cache(maxsize=1024)(Likeness)
 class Prepared(NamedTuple):
     """A call made ready: its kernels start for any q, k, v and captured tensors laid out as those it was made for.
 
-    walks: of KERNELS.
+    walks: of KERNELS.  read: by the forward besides captured tensors: a counter for the stream it was made ready on, if
+    it is persistent, and its walk.
     """
 
     alike: Likeness
     walks: tuple[Walk | None, ...]
+    read: tuple[Tensor, ...]
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, captures: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """out [B, Hq, Sq, Dv] laid out as q (problem.dense_like), lse [B, Hq, Sq] float32, natural log.
@@ -108,12 +111,11 @@ class Prepared(NamedTuple):
         A row that sees no key: out = 0, lse = -inf.
         """
         alike = self.alike
-        out = torch.empty_strided(alike.out.shape, alike.out.strides, dtype=q.dtype, device=q.device)
-        lse = torch.empty_strided(*alike.lse, dtype=torch.float32, device=q.device)
+        out = q.new_empty_strided(alike.out.shape, alike.out.strides)
+        lse = q.new_empty_strided(*alike.lse, dtype=torch.float32)
         if alike.is_nothing:
             return out.zero_(), lse.fill_(float("-inf"))
-        counter = (counter_of(q.device),) if alike.is_persistent else ()
-        _forward_recipe(alike)(q, k, v, out, lse, *counter, *(self.walks[0] or ()), *_readable(captures))
+        _forward_recipe(alike)(q, k, v, out, lse, *self.read, *_readable(captures))
         return out, lse
 
     def backward(
@@ -147,8 +149,13 @@ class Prepared(NamedTuple):
         rows = torch.empty(of_rows, dtype=torch.float32, device=q.device)
         given = () if dlse is None else (dlse.contiguous(),)
         _, columns, lines = self.walks
-        dq_recipe(q, k, v, out, dout, lse, *given, dq, rows, *(lines or ()), *captures)
-        dkdv_recipe(q, k, v, dout, dk, dv, rows, *(columns or ()), *captures)
+        of_dq = (q, k, v, out, dout, lse, *given, dq, rows, *(lines or ()), *captures)
+        of_dkdv = (q, k, v, dout, dk, dv, rows, *(columns or ()), *captures)
+        if dkdv_recipe.is_new:  # side by side
+            dq_recipe.compile_ahead(*of_dq)
+            dkdv_recipe.compile_ahead(*of_dkdv)
+        dq_recipe(*of_dq)
+        dkdv_recipe(*of_dkdv)
         return dq, dk, dv
 
     def _hopper_backward(
@@ -175,14 +182,59 @@ class Prepared(NamedTuple):
         rows = torch.empty_strided(*recipes.of_rows, dtype=torch.float32, device=device)
         sums = () if recipes.of_sum is None else (torch.empty(recipes.of_sum, dtype=torch.float32, device=device),)
         dlses = () if dlse is None else (dlse.contiguous(),)
-        _, columns, lines = self.walks
-        recipes.rows(out, dout, lse, *dlses, rows, *sums)
-        recipes.dkdv(q, k, v, dout, rows, *sums, dk, dv, *(columns or ()), *captures)
-        if sums:
-            recipes.dq(*sums, dq)
-        else:
-            recipes.dq(q, k, v, out, dout, lse, *dlses, dq, *(lines or ()), *captures)
+        calls = self._hopper_calls(recipes, q, k, v, out, dout, lse, dlses, rows, sums, dq, dk, dv, captures)
+        if recipes.dkdv.is_new:  # side by side
+            for recipe, tensors in calls:
+                recipe.compile_ahead(*tensors)
+        for recipe, tensors in calls:
+            recipe(*tensors)
         return dq, dk, dv
+
+    def _hopper_calls(
+        self,
+        recipes: HopperRecipes,
+        q: Any,
+        k: Any,
+        v: Any,
+        out: Any,
+        dout: Any,
+        lse: Any,
+        dlses: tuple[Any, ...],
+        rows: Any,
+        sums: tuple[Any, ...],
+        dq: Any,
+        dk: Any,
+        dv: Any,
+        captures: Sequence[Tensor],
+    ) -> tuple[tuple[Recipe, tuple[Any, ...]], ...]:
+        """Recipes in the order of their launches, with their tensors or the outlines of these."""
+        _, columns, lines = self.walks
+        of_dq = (*sums, dq) if sums else (q, k, v, out, dout, lse, *dlses, dq, *(lines or ()), *captures)
+        return (
+            (recipes.rows, (out, dout, lse, *dlses, rows, *sums)),
+            (recipes.dkdv, (q, k, v, dout, rows, *sums, dk, dv, *(columns or ()), *captures)),
+            (recipes.dq, of_dq),
+        )
+
+    def begin_backward(self, q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor]) -> None:
+        """Begin to compile, where they are new, the kernels of a backward with dout laid out as out, and no dlse."""
+        alike = self.alike
+        strides = (alike.q.strides, alike.k.strides, alike.v.strides, alike.out.strides, alike.out.strides)
+        of_captures = tuple([x.strides for x in alike.captures])
+        x, row = Outline(q.dtype), Outline(torch.float32)
+        if isinstance(alike.plan.dkdv, HopperBackwardConfig):
+            recipes = _hopper_backward_recipes(alike, strides[:3], strides, of_captures, False)
+            sums = () if recipes.of_sum is None else (row,)
+            if recipes.dkdv.is_new:
+                calls = self._hopper_calls(recipes, q, k, v, x, x, row, (), row, sums, x, x, x, captures)
+                for recipe, tensors in calls:
+                    recipe.compile_ahead(*tensors)
+            return
+        dq_recipe, dkdv_recipe, _, _ = _backward_recipes(alike, strides, of_captures, False)
+        if dkdv_recipe.is_new:
+            _, columns, lines = self.walks
+            dq_recipe.compile_ahead(q, k, v, x, x, row, x, row, *(lines or ()), *captures)
+            dkdv_recipe.compile_ahead(q, k, v, x, x, x, row, *(columns or ()), *captures)
 
 
 def counter_of(device: torch.device) -> Tensor:
@@ -192,20 +244,37 @@ def counter_of(device: torch.device) -> Tensor:
     """
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return torch.zeros(2, dtype=torch.int32, device=device)
-    return _counter(device, current_stream(device), threading.get_ident())
+    return _counter(device, cache.stream_of(device))
 
 
 @functools.cache
-def _counter(device: torch.device, stream: int, thread: int) -> Tensor:
+def _counter(device: torch.device, stream: Hashable) -> Tensor:
     return torch.zeros(2, dtype=torch.int32, device=device)
 
 
 def prepare(
-    q: Tensor, k: Tensor, v: Tensor, mods: Mods, bindings: Bindings, blocks: BlockMap, plan: Plan, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mods: Mods,
+    bindings: Bindings,
+    blocks: BlockMap,
+    plan: Plan,
+    scale: float,
+    is_forward: bool = True,
+    find_map: Callable[[], BlockMap] | None = None,
+    has_gradient: bool = False,
 ) -> Prepared:
+    """Such calls, made ready.
+
+    is_forward: the forward will run, not the backward alone.
+    find_map: gives the map, while the forward's kernel is compiled if it is new; `blocks` is then without its kinds.
+    has_gradient: a backward will follow, so its kernels are begun too, but no call waits for them before it.
+    """
+    captures = _readable(bindings.captures)
     alike = likeness(
         *map(Layout.of, (q, k, v)),
-        tuple(map(Layout.of, _readable(bindings.captures))),
+        tuple(map(Layout.of, captures)),
         bindings.ints,
         bindings.floats,
         mods,
@@ -214,7 +283,27 @@ def prepare(
         plan,
         scale,
     )
-    return Prepared(alike, tuple(walk for walk, _ in walks(blocks, plan, mods.has_mask).values()))
+    if find_map is not None:
+        if not alike.is_nothing:
+            _begin_forward(alike, q, k, v, captures)
+        blocks = find_map()
+    made = tuple(walk for walk, _ in walks(blocks, plan, mods.has_mask).values())
+    counter = (counter_of(q.device),) if is_forward and alike.is_persistent else ()
+    prepared = Prepared(alike, made, (*counter, *(made[0] or ())))
+    if has_gradient and not alike.is_nothing:
+        with contextlib.suppress(Exception):  # is raised by the backward
+            prepared.begin_backward(q, k, v, captures)
+    return prepared
+
+
+def _begin_forward(alike: Likeness, q: Tensor, k: Tensor, v: Tensor, captures: Sequence[Tensor]) -> None:
+    """Begin to compile, where it is new, what Prepared.forward launches."""
+    recipe = _forward_recipe(alike)
+    if recipe.is_new:
+        out, lse, int32 = Outline(q.dtype), Outline(torch.float32), Outline(torch.int32)
+        counter = (int32,) if alike.is_persistent else ()
+        walk = (Outline(torch.int64), int32) if alike.maps_of("forward") is not None else ()
+        recipe.compile_ahead(q, k, v, out, lse, *counter, *walk, *captures)
 
 
 def forward(
@@ -239,7 +328,7 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Prepared.backward, once."""
-    prepared = prepare(q, k, v, mods, bindings, blocks, plan, scale)
+    prepared = prepare(q, k, v, mods, bindings, blocks, plan, scale, is_forward=False)
     return prepared.backward(dout, dlse, q, k, v, out, lse, bindings.captures)
 
 

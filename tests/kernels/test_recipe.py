@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from triton.backends.nvidia import driver as nvidia
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from anymask.kernels import recipe
+from anymask.kernels.hopper_launch import _descriptors
 from anymask.kernels.recipe import TENSOR, Layout, Recipe
 
 CPU = torch.device("cpu")
+needs_tensor_maps = pytest.mark.skipif(not recipe._ARE_TENSOR_MAPS_KNOWN, reason="for Triton 3.6.0")
 
 
 class Kernel:
@@ -90,12 +97,104 @@ def test_the_ordinary_way_where_the_other_would_be_wrong(kernel: Kernel, monkeyp
             launch(a, b)
         assert kernel.launches[-1][0] == "ordinary", patch
     launch(a, b)
-    assert kernel.launches[-1][0] == 2
+    assert kernel.launches[-1][0] == 0
     monkeypatch.setattr(recipe, "_IS_KNOWN", False)  # another version of Triton
     unknown = of(kernel)
     for _ in range(3):
         unknown(a, b)
     assert [launch[0] for launch in kernel.launches[-3:]] == ["ordinary"] * 3
+
+
+@dataclass(frozen=True)
+class TmaKernel:
+    """Launched through Triton's own wrapper of a launcher, which notes down what it gets; `filled` for which addresses
+    tensor maps are made."""
+
+    launches: list[Any]
+    filled: list[int]
+    scratch: int = 0
+    arg_names = ("wide", "rest", "n", "narrow", "pointer")
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(*args: Any) -> Any:
+            is_tma = [isinstance(x, TensorDescriptor) for x in args]
+            metas = [
+                {"swizzle": i, "elem_size": 2, "elem_type": 6, "block_size": x.block_shape, "fp4_padded": False}
+                for i, x in enumerate(itertools.compress(args, is_tma))
+            ]
+            run = object.__new__(nvidia.CudaLauncher)
+            run.launch = nvidia.wrap_handle_tensordesc(
+                lambda *args: self.launches.append(with_pointers(args)),
+                {i: "tensordesc<fp16[1,1,64,128]>" if is_one else "*fp16" for i, is_one in enumerate(is_tma)},
+                metas,
+            )
+            run.num_ctas, run.launch_cooperative_grid, run.launch_pdl = 1, "cooperative", "pdl"
+            run.global_scratch_size = run.profile_scratch_size = self.scratch
+            run.global_scratch_align = run.profile_scratch_align = 128
+            run(*grid, 7, "function", "metadata", None, None, None, *args)
+            return SimpleNamespace(run=run, function="function", packed_metadata="metadata")
+
+        return launch
+
+
+@pytest.fixture
+def tma_kernel(monkeypatch: pytest.MonkeyPatch) -> TmaKernel:
+    kernel = TmaKernel([], [])
+
+    def fill(pointer: int, *numbers: Any) -> Any:
+        kernel.filled.append(pointer)
+        return ("map", pointer, repr(numbers))
+
+    monkeypatch.setattr(recipe, "current_stream", lambda device: 7)
+    monkeypatch.setattr(recipe, "_IS_KNOWN", True)
+    active = SimpleNamespace(utils=SimpleNamespace(fill_tma_descriptor=fill))
+    monkeypatch.setattr(recipe.triton.runtime.driver, "_active", active)
+    recipe._made.cache_clear()
+    return kernel
+
+
+def tma_recipe(kernel: Any, wide: torch.Tensor, narrow: torch.Tensor) -> Recipe:
+    of_wide, (of_narrow, none) = _descriptors(Layout.of(wide), 64), _descriptors(Layout.of(narrow), 128)
+    assert None not in of_wide and none is None
+    return Recipe(CPU, kernel, 5, *of_wide, 9, of_narrow, TENSOR)
+
+
+@needs_tensor_maps
+def test_tensor_maps_are_those_of_ordinary_launches_and_made_once_for_an_address(tma_kernel: TmaKernel) -> None:
+    def tensors() -> tuple[torch.Tensor, ...]:
+        return torch.zeros(1, 2, 70, 192).half(), torch.zeros(2, 3, 130, 64).half(), torch.zeros(4)
+
+    a, b = tensors(), tensors()
+    launch = tma_recipe(tma_kernel, *a[:2])
+    launch(*a)
+    filled = len(tma_kernel.filled)
+    assert filled == 3
+    for x in (a, b, (b[0], *a[1:]), a):
+        tma_kernel.launches.clear()
+        launch(*x)
+        prepared = len(tma_kernel.filled)
+        tma_recipe(tma_kernel, *a[:2])(*x)
+        assert tma_kernel.launches[0] == tma_kernel.launches[1], "prepared and ordinary"
+        del tma_kernel.filled[prepared:]
+    assert tma_kernel.filled[filled:] == [x.data_ptr() for x in (a[0], a[0], a[1], b[0], b[0], b[1])]
+
+
+@needs_tensor_maps
+def test_an_ordinary_launch_where_it_is_not_known_how_tensor_maps_are_passed(
+    tma_kernel: TmaKernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, y, z = torch.zeros(1, 2, 70, 192).half(), torch.zeros(2, 3, 130, 64).half(), torch.zeros(4)
+    monkeypatch.setattr(nvidia._allocation, "_allocator", ContextVar("allocator", default=lambda *size: "scratch"))
+    monkeypatch.setattr(nvidia._allocation, "_profile_allocator", nvidia._allocation._allocator)
+    launch = tma_recipe(replace(tma_kernel, scratch=1), x, y)
+    for _ in range(3):
+        launch(x, y, z)
+        assert tma_kernel.launches[-1][7:9] == ("scratch", "scratch")
+    monkeypatch.setattr(recipe, "_ARE_TENSOR_MAPS_KNOWN", False)
+    launch = tma_recipe(tma_kernel, x, y)
+    for _ in range(3):
+        launch(x, y, z)
+    assert len(tma_kernel.filled) == 3 * 6
 
 
 def test_hooks_on_launches_are_seen() -> None:
@@ -107,6 +206,12 @@ def test_hooks_on_launches_are_seen() -> None:
     finally:
         enter.remove(print)
     assert not recipe._is_hooked()
+
+
+def test_which_device_is_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 1, raising=False)
+    devices = (torch.device("cuda:0"), torch.device("cuda:1"), CPU)
+    assert [recipe.is_current(device) for device in devices] == [False, True, True]
 
 
 def test_a_layout_is_all_but_the_data() -> None:

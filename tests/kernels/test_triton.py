@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -24,17 +24,11 @@ from anymask.testing import check, inputs
 from tests.cases import MASKS, SCORES, Sizes
 from tests.plain import plain
 
-pytestmark = pytest.mark.filterwarnings("ignore:::triton.runtime.interpreter")  # numpy: nan, inf, deprecations
+pytestmark = [
+    pytest.mark.usefixtures("poison"),
+    pytest.mark.filterwarnings("ignore:::triton.runtime.interpreter"),  # numpy: nan, inf, deprecations
+]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@pytest.fixture(autouse=True)
-def poison() -> Iterator[None]:
-    """torch.empty gives NaN, so that an element which no kernel writes shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(1, device=DEVICE).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def prepare(
