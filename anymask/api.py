@@ -52,15 +52,15 @@ def attention(
       out. Without one, a map is built and kept for the next call with the same mask, sizes and captured tensors as they
       are now.
     return_lse: also return the log of the softmax sums (natural log, float32, [B, Hq, Sq]); it may be differentiated.
-    deterministic: True asks for bitwise equal results run to run; None for what torch's global flag says. False lets a
-      kernel add up dq, in float32, in any order of the keys' tiles. Only the Hopper backward does that (see config);
-      out, lse, dk and dv are bitwise equal whatever is asked for.
-    backend: "gluon" (the Hopper forward), "triton", "eager" or "reference" is obeyed or raises UnsupportedError; None
+    deterministic: True asks for bitwise equal results run to run; None for what torch's global flag says. Else the
+      Hopper backward adds up dq, in float32, in any order of the keys' tiles, so that it differs by roundings from run
+      to run; out, lse, dk and dv do not, and on other GPUs and a CPU nothing does.
+    backend: "gluon" (the Hopper kernels), "triton", "eager" or "reference" is obeyed or raises UnsupportedError; None
       chooses by device, dtype and layout.
     config: tiles of the kernels, obeyed or raises: {"forward": {"BLOCK_Q": 64, "num_warps": 4}, "dkdv": ...,
       "dq": ...}, each a Config of kernels/configs.py or some of its fields. "forward" asks for the portable kernel;
       with backend="gluon" it takes HopperConfig's fields, for the Hopper one. {"dkdv": {"is_fused": True}}, fields of
-      HopperBackwardConfig, asks for the Hopper backward.
+      HopperBackwardConfig, asks for the Hopper backward; other tiles of "dkdv" or "dq" for the portable one.
 
     Returns out [B, Hq, Sq, Dv] in q's dtype, or (out, lse). A row that sees no key has out 0, lse -inf and gradients 0.
     Raises InputError, MaskError or UnsupportedError.

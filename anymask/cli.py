@@ -33,6 +33,7 @@ from anymask.expr.interval import Grid
 from anymask.expr.ir import to_text
 from anymask.expr.mods import Mods, text_of
 from anymask.expr.trace import SCORE_TEXT
+from anymask.kernels.configs import AnyConfig
 from anymask.kernels.plan import KERNELS, Plan, choose, default_tile, is_walked, walk_shapes
 from anymask.masks import Mask, from_function
 from anymask.problem import Problem
@@ -215,10 +216,14 @@ def explain(mask: Mask, blocks: BlockMap, problem: Problem, arch: str) -> dict[s
         "bytes": {"kinds": blocks.kinds.nbytes, "walks": {kernel: size for kernel, (_, size) in walks.items()}}
         | {"total": blocks.kinds.nbytes + sum(dict(walks.values()).values())},
         "plan": {"backend": plan.backend, "why": plan.why, "precision": plan.precision}
-        | {kernel: asdict(getattr(plan, kernel)) for kernel in walks},
+        | {kernel: _config(getattr(plan, kernel)) for kernel in walks},
         "functions": _functions(mods, blocks, plan),
         "picture": str(blocks),
     }
+
+
+def _config(config: AnyConfig) -> dict[str, Any]:
+    return {"BLOCK_Q": config.BLOCK_Q, "BLOCK_KV": config.BLOCK_KV} | asdict(config)
 
 
 _KINDS = {EMPTY: "empty", PARTIAL: "partial", FULL: "full"}
@@ -229,6 +234,8 @@ def _walk_bytes(blocks: BlockMap, plan: Plan, has_mask: bool) -> dict[str, tuple
     walks = {}
     shapes = walk_shapes(plan, blocks.tile) if plan.has_kernels else ()
     for kernel, (tile, is_kv_row) in zip(KERNELS, shapes, strict=False):
+        if getattr(plan, kernel) is None:  # another one computes what it would
+            continue
         num_rows, num_columns = -(-blocks.Sq // tile[0]), -(-blocks.Skv // tile[1])
         if is_kv_row:
             num_rows, num_columns = num_columns, num_rows

@@ -113,7 +113,7 @@ def test_bytes_are_those_of_the_walks(capsys: pytest.CaptureFixture[str], what: 
 
 
 def test_without_a_mask_only_dkdv_walks(capsys: pytest.CaptureFixture[str]) -> None:
-    facts = facts_of(capsys, "full()", "--sq", "512")
+    facts = facts_of(capsys, "full()", "--sq", "512", "--arch", "sm_80")
     walks = facts["bytes"]["walks"]
     assert walks["forward"] == walks["dq"] == 0 < walks["dkdv"]
     assert facts["bytes"]["total"] == facts["bytes"]["kinds"] + walks["dkdv"]

@@ -227,8 +227,37 @@ def hopper_config(D: int, Dv: int, Skv: int, tile_q: int, kinds: frozenset[str])
     )
 
 
-# Of the Hopper backward, by max(D, Dv). Not measured yet, so that only config= chooses it.
+# Of the Hopper backward where config= asks for one, by max(D, Dv).
 HOPPER_BACKWARD_STAGES = {64: 3, 128: 2}
+
+
+@dataclass(frozen=True)
+class HopperBackwardRow:
+    D: int  # and Dv
+    backward: HopperBackwardConfig
+    min_length: int = 0  # of queries and of keys
+
+
+# H200, bf16, 16,384 tokens in all, 2026-11-22. TFLOP/s, no mask / causal, all kernels of a backward; the portable ones.
+HOPPER_BACKWARD_ROWS = (
+    # S 16384 447 / 442, 8192 442 / 422, 2048 397 / 335, 1024 348 / 260, 512 281 / 178, not held 412 / 417, 405 / 399;
+    # 390 / 368, 383 / 357, 365 / 309, 358 / 251, 303 / 175
+    HopperBackwardRow(64, HopperBackwardConfig(3, is_fused=True, is_held=True), 2048),
+    # S 16384 600 / 552, 8192 548 / 533, 2048 500 / 413, 512 347 / 223, three stages 545 / 553; 420 / 405, 413 / 401,
+    # 386 / 342, 280 / 192
+    HopperBackwardRow(128, HopperBackwardConfig(2, is_fused=True)),
+    # S 16384 443 / 465, 8192 435 / 443, 2048 409 / 372, 512 300 / 195. At D 64 380 / 369, 381 / 355: the portable one
+    HopperBackwardRow(128, HopperBackwardConfig(2, is_fused=False)),
+)
+
+
+def hopper_backward_config(D: int, Dv: int, length: int, is_fused: bool) -> HopperBackwardConfig | None:
+    """The backward's for so many queries and keys at least; None where the portable one is faster, or not compared."""
+    for row in HOPPER_BACKWARD_ROWS:
+        if row.D == D == Dv and length >= row.min_length and row.backward.is_fused == is_fused:
+            return row.backward
+    return None
+
 
 # Registers a thread, by number of consumers: at entry, and of each role but the first (which gets what is left) after
 # the register split.

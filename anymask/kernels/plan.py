@@ -25,6 +25,7 @@ from anymask.kernels.configs import (
     Config,
     HopperBackwardConfig,
     HopperConfig,
+    hopper_backward_config,
     hopper_config,
     lookup,
 )
@@ -95,8 +96,8 @@ def choose(
     backend: None for the best that can do it.  config: by kernel ("forward", "dkdv", "dq") a Config, or some of its
     fields by name, instead of the row's; for the forward of "gluon" those of HopperConfig; for "dkdv" those of
     HopperBackwardConfig, is_fused among them, ask for the Hopper kernel. Both are obeyed or raise UnsupportedError.
-    deterministic: every kernel is but the Hopper backward where is_fused.  tma_obstacle: what keeps TMA from reading
-    q, k and v (see tma_obstacle_of).
+    deterministic: every kernel is but the Hopper backward where is_fused, which is taken without.  tma_obstacle: what
+    keeps TMA from reading q, k and v (see tma_obstacle_of).
     """
     if backend is not None and backend not in BACKENDS:
         raise UnsupportedError(f"backend={backend!r} is none of {', '.join(BACKENDS)}")
@@ -116,9 +117,12 @@ def choose(
             why_no_gluon = why_no_gluon or "config= sets the portable forward"
     elif backend == "triton":
         why_no_gluon = why_no_hopper = "backend='triton'"
-    hopper = None
+    hopper = hopper_backward = None
     if not (obstacle or why_no_gluon):
         hopper = hopper_config(problem.D, problem.Dv, problem.Skv, tile[0], _kinds(mods))
+        if not (config and {"dkdv", "dq"} & set(config)):
+            length = min(problem.Sq, problem.Skv) if backend is None else 1 << 62
+            hopper_backward = hopper_backward_config(problem.D, problem.Dv, length, not deterministic)
     if backend is None:
         backend = "eager" if obstacle or arch == "interpreter" else "triton" if why_no_gluon else "gluon"
     if backend not in ("gluon", "triton"):
@@ -132,7 +136,9 @@ def choose(
     if unknown:
         raise UnsupportedError(f"config= has the keys {sorted(unknown)}; it takes {', '.join(KERNELS)}")
     precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-    plan = _tuned(problem.D, problem.Dv, problem.dtype, mods, tile, arch, precision, hopper, why_no_gluon)
+    plan = _tuned(
+        problem.D, problem.Dv, problem.dtype, mods, tile, arch, precision, hopper, hopper_backward, why_no_gluon
+    )
     if not config:
         return plan
     need = Need.of(problem.D, problem.Dv, problem.dtype, mods, family_of(arch))
@@ -172,20 +178,29 @@ def _tuned(
     arch: str,
     precision: str,
     hopper: HopperConfig | None,
+    hopper_backward: HopperBackwardConfig | None,
     why_no_gluon: str | None,
 ) -> Plan:
-    """The plan that the tuning rows give. hopper: of the forward, None: it is the portable one, and why_no_gluon."""
+    """The plan that the tuning rows give.
+
+    hopper, hopper_backward: of both ways, None: it is the portable one.  why_no_gluon: for the forward.
+    """
     family = family_of(arch)
     arithmetic = "half" if dtype.itemsize == 2 else "ieee" if family == "interpreter" else precision
     need = Need.of(D, Dv, dtype, mods, family)
     row = lookup(family, arithmetic, max(need.D, need.Dv), mods.has_mask, mods.has_score)
     chosen: dict[str, Any] = {kernel: _fit(kernel, getattr(row, kernel), tile, need) for kernel in KERNELS}
-    backend = "triton"
+    backend = runs = "triton"
     if hopper:
         backend, chosen["forward"] = "gluon", hopper
-    says = "; ".join(f"{kernel} {chosen[kernel]}" for kernel in KERNELS)
+        runs = "gluon forward and triton backward"
+    if hopper_backward:
+        chosen["dkdv"] = hopper_backward
+        runs = "gluon" if hopper_backward.is_fused else "gluon, but dq triton,"
+        if hopper_backward.is_fused:
+            chosen["dq"] = None
+    says = "; ".join(f"{kernel} {chosen[kernel]}" for kernel in KERNELS if chosen[kernel])
     works = " with a score function" if mods.has_score else ""
-    runs = "gluon forward and triton backward" if backend == "gluon" else backend
     why = f"{runs} on {arch}, {arithmetic}, D {D}, Dv {Dv}{works}: {says}"
     if family == "sm_90" and why_no_gluon:
         why += f"; no gluon forward: {why_no_gluon}"

@@ -40,7 +40,8 @@ def test_launches_find_what_they_take_compiled(found: dict[str, Any]) -> None:
     rows = found["ahead"]
     assert [sorted(counts) for counts, _ in rows[:14]] == [["dkdv_kernel", "dq_kernel", "forward_kernel"]] * 14
     assert all("hopper_forward_kernel" in counts for counts, _ in rows[14:18])
-    assert all({"rows_kernel", "hopper_backward_kernel"} <= set(counts) for counts, _ in rows[18:])
+    assert not rows[14:] or "rows_kernel" in rows[14][0]
+    assert all("hopper_backward_kernel" in counts for counts, _ in rows[18:])
     for counts, is_in_threads in rows:
         assert set(counts.values()) == {1} and is_in_threads
 

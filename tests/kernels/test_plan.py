@@ -121,7 +121,9 @@ def test_backend(arch: str, dtype: torch.dtype, tile: tuple[int, int], backend: 
 def test_why_says_what_was_chosen() -> None:
     plan = choose(problem(128), HEAVY, (128, 128), arch="sm_90")
     assert "sm_90" in plan.why and "score function" in plan.why
-    assert all(f"{kernel} {getattr(plan, kernel)}" in plan.why for kernel in KERNELS)
+    assert all(f"{kernel} {getattr(plan, kernel)}" in plan.why for kernel in ("forward", "dkdv"))
+    portable = choose(problem(128), HEAVY, (128, 128), arch="sm_90", backend="triton")
+    assert all(f"{kernel} {getattr(portable, kernel)}" in portable.why for kernel in KERNELS)
     assert "float64" in choose(problem(dtype=torch.float64), NONE, (128, 128), arch="sm_90").why
 
 
@@ -194,10 +196,14 @@ def test_small_numbers() -> None:
 
 def test_masks_and_score_functions_have_rows_of_their_own() -> None:
     ragged, regular = Mods(apply(Op.EQ, *IDS)), Mods(apply(Op.LE, index("kv_idx"), index("q_idx")))
-    plans = [choose(problem(128), mods, (64, 64), arch="sm_90") for mods in (ragged, regular, NONE)]
+
+    def plan(D: int, mods: Mods) -> Plan:
+        return choose(problem(D), mods, (64, 64), arch="sm_90", backend="triton")
+
+    plans = [plan(128, mods) for mods in (ragged, regular, NONE)]
     assert [plan.shared_bytes for plan in plans] == [RAGGED_BYTES, REGULAR_BYTES, 0]
-    assert choose(problem(128), HEAVY, (64, 64), arch="sm_90").dkdv != plans[0].dkdv == plans[1].dkdv != plans[2].dkdv
-    dense, masked = (choose(problem(64), mods, (64, 64), arch="sm_90") for mods in (NONE, regular))
+    assert plan(128, HEAVY).dkdv != plans[0].dkdv == plans[1].dkdv != plans[2].dkdv
+    dense, masked = (plan(64, mods) for mods in (NONE, regular))
     assert dense.forward != masked.forward and dense.dkdv == masked.dkdv
 
 
@@ -205,8 +211,8 @@ def test_masks_and_score_functions_have_rows_of_their_own() -> None:
 
 
 def test_gluon_forward_and_triton_backward() -> None:
-    plan = choose(problem(128), HEAVY, (64, 64), arch="sm_90")
-    portable = choose(problem(128), HEAVY, (64, 64), arch="sm_90", backend="triton")
+    plan = choose(problem(72), HEAVY, (64, 64), arch="sm_90")
+    portable = choose(problem(72), HEAVY, (64, 64), arch="sm_90", backend="triton")
     assert plan.has_kernels and isinstance(plan.forward, HopperConfig) and isinstance(portable.forward, Config)
     assert (plan.dkdv, plan.dq) == (portable.dkdv, portable.dq)
     assert "gluon forward and triton backward" in plan.why and f"forward {plan.forward}" in plan.why
@@ -246,7 +252,7 @@ def test_the_hopper_backward_is_taken_where_config_asks_for_it(is_given_as_objec
         wanted = HopperBackwardConfig(stages, is_fused) if is_given_as_object else {"is_fused": is_fused}
         return choose(problem(128), HEAVY, tile, arch="sm_90", config={"dkdv": wanted}, **arguments)
 
-    portable = choose(problem(128), HEAVY, (64, 64), arch="sm_90")
+    portable = choose(problem(128), HEAVY, (64, 64), arch="sm_90", config={"dq": {}})
     assert isinstance(portable.dkdv, Config) and isinstance(portable.dq, Config)
     for arguments in ({}, {"backend": "gluon"}):
         fused, apart = plan(True, **arguments), plan(False, **arguments, deterministic=True)
@@ -261,6 +267,30 @@ def test_the_hopper_backward_is_taken_where_config_asks_for_it(is_given_as_objec
     assert isinstance(plan(True, (16, 32)).forward, Config) and plan(True, (16, 32)).dkdv == fused.dkdv
     held = choose(problem(64), HEAVY, (64, 64), arch="sm_90", config={"dkdv": {"is_fused": True, "is_held": True}})
     assert isinstance(held.dkdv, HopperBackwardConfig) and held.dkdv.is_held and "K and V held" in held.why
+
+
+def test_the_faster_backward_is_taken() -> None:
+    def plan(D: int, S: int, Dv: int | None = None, **arguments: Any) -> Plan:
+        p = Problem(1, 4, 2, S, 4096, D, Dv or D, torch.bfloat16, CPU)
+        return choose(p, NONE, (64, 64), arch="sm_90", **arguments)
+
+    for D, S in ((128, 100), (64, 2048)):
+        chosen = plan(D, S)
+        assert isinstance(chosen.dkdv, HopperBackwardConfig) and chosen.dkdv.is_fused and chosen.dq is None
+        assert chosen.dkdv.is_held == (D == 64) and chosen.why.startswith("gluon on sm_90")
+    apart = plan(128, 100, deterministic=True)
+    assert isinstance(apart.dkdv, HopperBackwardConfig) and not apart.dkdv.is_fused and isinstance(apart.dq, Config)
+    assert apart.why.startswith("gluon, but dq triton, on sm_90")
+    for portable in (
+        plan(64, 1000),
+        plan(64, 2048, deterministic=True),
+        plan(72, 2048),
+        plan(64, 2048, 128),
+        plan(128, 2048, backend="triton"),
+        plan(128, 2048, config={"dkdv": {"num_stages": 2}}),
+    ):
+        assert isinstance(portable.dkdv, Config) and isinstance(portable.dq, Config)
+    assert isinstance(plan(64, 1000, backend="gluon").dkdv, HopperBackwardConfig)
 
 
 def test_the_faster_forward_is_taken() -> None:
