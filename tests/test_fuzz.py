@@ -219,7 +219,9 @@ def check_case(program: Program, case: Case, device: str, **how: Any) -> None:
             given = (out, dout) if dlse is None else ((out, lse), (dout, dlse))
             runs.append((out, lse, *torch.autograd.grad(given[0], (q, k, v), given[1])))
         check(runs[0], exact, rounded, allowed=allowed_errors(tensors, exact, mask, score_mod, case.scale))
-        assert all(torch.equal(a, b) for a, b in zip(runs[0], runs[-1], strict=True)), "two runs differ"
+        for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), runs[0], runs[-1], strict=True):
+            # the fast backward adds up dq in any order
+            assert torch.equal(a, b) or (name == "dq" and how.get("deterministic") is False), f"{name}: two runs differ"
     except Exception as error:
         raise AssertionError(f"{type(error).__name__}: {error}\n{call}") from error
 
@@ -261,7 +263,7 @@ def backend_of(program: Program) -> dict[str, Any]:
 def test_ten_cases_of_a_program(seed: int) -> None:
     program = draw_program(seed, ON_GPU)
     for case in draw_cases(program, ON_GPU, 10):
-        check_case(program, case, "cuda", **backend_of(program))
+        check_case(program, case, "cuda", deterministic=seed % 2 == 0, **backend_of(program))
 
 
 @pytest.mark.parametrize("seed", range(15))
