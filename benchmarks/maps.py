@@ -105,7 +105,7 @@ WORKS: dict[str, Callable[[], Work]] = {
 
 def plan_of(work: Work) -> Plan:
     """Of attention with this mask, D = 128, bf16."""
-    program = work.mask.trace(torch.device(DEVICE))
+    program = work.mask.trace(torch.device(DEVICE, 0))
     bindings = program.mask_bindings
     mods = Mods.of(text_of(program.mask, SCORE_TEXT), bindings.ints, bindings.floats)
     q = torch.empty(1, 1, work.S, 128, dtype=torch.bfloat16, device="meta")

@@ -291,6 +291,7 @@ def prepare(
     counter = (counter_of(q.device),) if is_forward and alike.is_persistent else ()
     prepared = Prepared(alike, made, (*counter, *(made[0] or ())))
     if has_gradient and not alike.is_nothing:
+        _forward_recipe(alike).finish()  # which would take longer beside these
         with contextlib.suppress(Exception):  # is raised by the backward
             prepared.begin_backward(q, k, v, captures)
     return prepared

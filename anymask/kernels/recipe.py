@@ -108,9 +108,7 @@ class Recipe:
         launch = self._compiled.get(alignment)
         if launch is None or _is_hooked() or not is_current(self._device):
             self.is_new = False
-            if self._ahead is not None:
-                ahead.finish(self._ahead)
-                self._ahead = None
+            self.finish()
             with _made_current(self._device):
                 compiled = self._kernel[self._grid](*self._ordinary(tensors), **self._options)
             if launch is None and _IS_KNOWN and compiled is not None:  # the interpreter compiles nothing
@@ -129,6 +127,12 @@ class Recipe:
             with contextlib.suppress(Exception), _made_current(self._device):
                 arguments = self._ordinary([Outline.of(x) for x in tensors])
                 self._ahead = ahead.begin(self._kernel, arguments, self._options)
+
+    def finish(self) -> None:
+        """Wait for what compile_ahead began."""
+        if self._ahead is not None:
+            ahead.finish(self._ahead)
+            self._ahead = None
 
 
 def _launch_of(compiled: Any, grid: tuple[int, int, int], arguments: tuple[Any, ...]) -> Any:
