@@ -2,9 +2,8 @@
 
 A Program is all that compiled code depends on, and its Cases differ in the rest: lengths, layouts, scale, what tensors
 hold. The lengths of a program are equal modulo Reach.period, so that its cases have the same tails, and 16 divides the
-same strides. They compile forward, dq, dkdv and classify once each; once more where a number becomes 0 or 1, such as
-the offset Skv - Sq, or where a table is as long as the longer of q and k and these have different tails. The 500 cases
-on a Hopper GPU: 53 forwards (37 the Hopper one), 53 dq, 53 dkdv, 52 classify, one walk, one order.
+same strides. They compile the forward, each kernel of the backward and classify once; once more where a number becomes
+0 or 1, such as the offset Skv - Sq, or where a table is as long as the longer of q and k and these differ in tails.
 
     pytest -n 14 --dist worksteal -m gpu tests/test_fuzz.py
 """
