@@ -74,11 +74,12 @@ DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 KERNELS = ("forward", "dkdv", "dq", "classify", "walk", "order")
 # Only where plan.py has one. hopper_backward: with dQ in it, after rows and before dq_of_sum; hopper_dkdv: without.
 HOPPER_KERNELS = ("hopper_forward", "rows", "hopper_backward", "dq_of_sum", "hopper_dkdv")
-# head dims and configs that the plan does not choose by itself
+TWO = {"BLOCK_Q": 128, "BLOCK_KV": 128, "num_stages": 2, "has_turns": True}
+THREE = TWO | {"BLOCK_Q": 192, "num_stages": 3, "has_turns": False}
+# head dims and configs that the plan does not choose, or not for all masks
 HOPPER_VARIANTS: tuple[tuple[int, tuple[tuple[str, Any], ...]], ...] = (
-    (128, (("is_persistent", True),)),
-    (64, (("is_persistent", True), ("BLOCK_Q", 128), ("has_turns", True))),
-    (64, (("is_persistent", True), ("BLOCK_Q", 192), ("has_turns", False))),
+    *((D, (*TWO.items(), ("is_persistent", is_persistent))) for D in (128, 64) for is_persistent in (True, False)),
+    *((64, (*THREE.items(), ("is_persistent", is_persistent))) for is_persistent in (True, False)),
     *((D, ()) for D in (16, 48, 72, 96, 112, 160, 192)),
 )
 # Bytes. dK and dV of head dim 128 take 128 registers a thread: of what is left, masked and scored steps keep some
