@@ -35,7 +35,7 @@ endif
 
 aot: $(READY) $(NEWEST)
 	$(PY) benchmarks/aot.py
-	PYTHONPATH=$(NEWEST) $(PY) benchmarks/aot.py --kernels hopper_forward hopper_dkdv
+	PYTHONPATH=$(NEWEST) $(PY) benchmarks/aot.py --sample --kernels hopper_forward hopper_dkdv
 
 # One thread: what else runs on the machine disturbs the times least.
 gallery: $(READY)
