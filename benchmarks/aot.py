@@ -149,7 +149,16 @@ def full_jobs() -> Iterator[Job]:
         # three consumers have too few registers for documents
         masks = ("everything", "causal_top_left", "window", "documents_causal")
         for mask in masks[: 3 if ("BLOCK_Q", 192) in options else 4]:
-            yield Job(mask, "", "bf16", D, D, "sm_90", kernels=("hopper_forward",), hopper=options)
+            yield Job(
+                mask,
+                "",
+                "bf16",
+                D,
+                D,
+                "sm_90",
+                kernels=("hopper_forward",) if options else HOPPER_KERNELS,
+                hopper=options,
+            )
     for arch in TARGETS:
         for D in (64, 256):
             yield Job("documents_causal", "capped", "bf16", D, D, arch, Sq=1000, tile=16)

@@ -227,7 +227,7 @@ def hopper_config(D: int, Dv: int, Skv: int, tile_q: int, kinds: frozenset[str])
     )
 
 
-# Of the Hopper backward where config= asks for one, by max(D, Dv).
+# Of the Hopper backward where config= asks for one, by the most that max(D, Dv) may be.
 HOPPER_BACKWARD_STAGES = {64: 3, 128: 2}
 
 

@@ -15,7 +15,7 @@ from anymask.kernels.configs import HOPPER_REGISTERS, HopperBackwardConfig, Hopp
 from anymask.kernels.hopper_bwd import NUM_CONSUMERS, hopper_backward_kernel
 from anymask.kernels.hopper_fwd import hopper_forward_kernel
 from anymask.kernels.hopper_rows import dq_of_sum_kernel, rows_kernel
-from anymask.kernels.plan import chunks
+from anymask.kernels.plan import chunks, padded
 from anymask.kernels.recipe import TENSOR, Descriptor, Layout, Recipe
 
 DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
@@ -108,6 +108,8 @@ def rows_recipe(
         BLOCK_Q=ROWS_BLOCK,
         D=D,
         DV=Dv,
+        D_PAD=padded(D),
+        DV_PAD=padded(Dv),
         num_warps=4,
         **addressing,
     )
@@ -198,6 +200,7 @@ def dq_recipe(dq: Layout, scale: float, addressing: dict[str, Any]) -> Recipe:
         scale,
         BLOCK_Q=ROWS_BLOCK,
         D=D,
+        D_PAD=padded(D),
         num_warps=4,
         **addressing,
     )

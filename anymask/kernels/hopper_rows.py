@@ -22,6 +22,8 @@ def rows_kernel(
     BLOCK_Q: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
+    D_PAD: tl.constexpr,
+    DV_PAD: tl.constexpr,
     ALIGN: tl.constexpr,
     WIDE: tl.constexpr,
 ):
@@ -34,8 +36,8 @@ def rows_kernel(
     # [BLOCK_Q, DV]
     out_pointer = head_pointer(out_pointer, out_strides, b, h, ALIGN)
     dout_pointer = head_pointer(dout_pointer, dout_strides, b, h, ALIGN)
-    out = load_tile(out_pointer, q_start, Sq, out_strides, BLOCK_Q, DV, DV, ALIGN, WIDE, True)
-    dout = load_tile(dout_pointer, q_start, Sq, dout_strides, BLOCK_Q, DV, DV, ALIGN, WIDE, True)
+    out = load_tile(out_pointer, q_start, Sq, out_strides, BLOCK_Q, DV, DV_PAD, ALIGN, WIDE, True)
+    dout = load_tile(dout_pointer, q_start, Sq, dout_strides, BLOCK_Q, DV, DV_PAD, ALIGN, WIDE, True)
     # [BLOCK_Q]
     q_idx = q_start + tl.arange(0, BLOCK_Q)
     offsets = head.to(tl.int64) * Sq + q_idx
@@ -48,8 +50,8 @@ def rows_kernel(
     tl.store(rows + row_stride, -delta, mask=q_idx < Sq)
     if sum_pointer is not None:
         strides = (0, 0, D, 1)
-        zeros = tl.zeros([BLOCK_Q, D], tl.float32)
-        store_tile(sum_pointer + head.to(tl.int64) * Sq * D, zeros, q_start, Sq, strides, BLOCK_Q, D, D, 1, False)
+        zeros = tl.zeros([BLOCK_Q, D_PAD], tl.float32)
+        store_tile(sum_pointer + head.to(tl.int64) * Sq * D, zeros, q_start, Sq, strides, BLOCK_Q, D, D_PAD, 1, False)
 
 
 @triton.jit(do_not_specialize=["Hq", "Sq"])
@@ -62,6 +64,7 @@ def dq_of_sum_kernel(
     scale,
     BLOCK_Q: tl.constexpr,
     D: tl.constexpr,
+    D_PAD: tl.constexpr,
     ALIGN: tl.constexpr,
     WIDE: tl.constexpr,
 ):
@@ -70,6 +73,6 @@ def dq_of_sum_kernel(
     head = tl.program_id(0) // num_tiles
     q_start = tl.program_id(0) % num_tiles * BLOCK_Q
     strides = (0, 0, D, 1)
-    sums = load_tile(sum_pointer + head.to(tl.int64) * Sq * D, q_start, Sq, strides, BLOCK_Q, D, D, 1, False, True)
+    sums = load_tile(sum_pointer + head.to(tl.int64) * Sq * D, q_start, Sq, strides, BLOCK_Q, D, D_PAD, 1, False, True)
     dq_pointer = head_pointer(dq_pointer, dq_strides, head // Hq, head % Hq, ALIGN)
-    store_tile(dq_pointer, sums * scale, q_start, Sq, dq_strides, BLOCK_Q, D, D, ALIGN, WIDE)
+    store_tile(dq_pointer, sums * scale, q_start, Sq, dq_strides, BLOCK_Q, D, D_PAD, ALIGN, WIDE)

@@ -433,6 +433,7 @@ def hopper_backward_shared_memory(config: HopperBackwardConfig, D: int, Dv: int)
     two steps, dQ.
     """
     block_q, block_kv = config.BLOCK_Q, config.BLOCK_KV
+    D, Dv = sum(chunks(D)), sum(chunks(Dv))
     fused = 2 * 2 * block_q * block_kv + 4 * block_q * D if config.is_fused else 0
     return 2 * (block_kv + config.num_stages * block_q) * (D + Dv) + config.num_stages * 8 * block_q + fused + 1024
 
@@ -446,15 +447,15 @@ def _hopper_backward(
 ) -> dict[str, Any]:
     """What the user's config["dkdv"] makes of the plan, checked. why_not: why no Hopper kernel can run."""
     wanted = config["dkdv"]
-    if {D, Dv} - set(HOPPER_BACKWARD_STAGES):
-        dims = " and ".join(map(str, HOPPER_BACKWARD_STAGES))
-        why_not = why_not or f"it takes D and Dv of {dims}, not {D} and {Dv}"
-    if why_not:
+    stages = next((n for max_D, n in HOPPER_BACKWARD_STAGES.items() if max_D >= max(D, Dv)), None)
+    if stages is None:
+        why_not = why_not or f"it takes D and Dv up to {max(HOPPER_BACKWARD_STAGES)}, not {D} and {Dv}"
+    if stages is None or why_not:
         raise UnsupportedError(
             f"config['dkdv'] = {wanted} asks for the Gluon backward, which cannot run this: {why_not}"
         )
     try:
-        default = HopperBackwardConfig(HOPPER_BACKWARD_STAGES[max(D, Dv)], is_fused=True)
+        default = HopperBackwardConfig(stages, is_fused=True)
         chosen = wanted if isinstance(wanted, HopperBackwardConfig) else replace(default, **wanted)
     except TypeError:
         raise UnsupportedError(
@@ -466,7 +467,7 @@ def _hopper_backward(
             "asked for. Try is_fused=False"
         )
     if chosen.is_held and min(D, Dv) > 64:
-        raise UnsupportedError(f"config['dkdv']: with is_held, D or Dv is 64, not {D} and {Dv}")
+        raise UnsupportedError(f"config['dkdv']: with is_held, D or Dv is at most 64, not {D} and {Dv}")
     if chosen.is_fused and "dq" in config:
         raise UnsupportedError("config['dq']: the Gluon backward computes dq too where is_fused. Try is_fused=False")
     size, limit = hopper_backward_shared_memory(chosen, D, Dv), SHARED_LIMITS["sm_90"]

@@ -20,10 +20,11 @@ from anymask.testing import inputs
 NAN = float("nan")
 
 
+@pytest.mark.parametrize("D, Dv", [(64, 128), (72, 40)])
 @pytest.mark.parametrize("has_dlse", [False, True])
 @pytest.mark.parametrize("is_fused", [False, True])
-def test_rows(is_fused: bool, has_dlse: bool) -> None:
-    B, Hq, Sq, D, Dv = 2, 3, 70, 64, 128
+def test_rows(is_fused: bool, has_dlse: bool, D: int, Dv: int) -> None:
+    B, Hq, Sq = 2, 3, 70
     *_, dout, dlse = inputs(B, Hq, Hq, Sq, 8, D, Dv, torch.float16)
     out = torch.randn(B, Sq, Hq, Dv).half().transpose(1, 2)
     lse = torch.randn(B, Hq, Sq)
@@ -45,8 +46,9 @@ def test_rows(is_fused: bool, has_dlse: bool) -> None:
     assert bool((sums == 0).all()) == is_fused
 
 
-def test_dq_of_its_sum() -> None:
-    B, Hq, Sq, D = 2, 3, 70, 64
+@pytest.mark.parametrize("D", [64, 72])
+def test_dq_of_its_sum(D: int) -> None:
+    B, Hq, Sq = 2, 3, 70
     sums, dq = torch.randn(B, Hq, Sq, D), torch.full((B, Sq, Hq, D), NAN, dtype=torch.float16).transpose(1, 2)
     hopper_launch.dq_recipe(Layout.of(dq), 0.5, {"ALIGN": 8, "WIDE": False})(sums, dq)
     assert torch.equal(dq, (sums * 0.5).half())
