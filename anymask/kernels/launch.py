@@ -625,8 +625,11 @@ def make_walks(blocks: BlockMap, *shapes: Shape) -> tuple[Walk, ...]:
     if recipes:
         walk_recipe, order_recipe = recipes
         unused = 3 - len(walks)
+        of_order = [rows for _, rows in (*walks, *walks[:1] * unused)]
+        if order_recipe.is_new:  # beside the walk
+            order_recipe.compile_ahead(*of_order)
         walk_recipe(blocks.kinds, *itertools.chain(*walks, *walks[:1] * unused))
-        order_recipe(*[rows for _, rows in (*walks, *walks[:1] * unused)])
+        order_recipe(*of_order)
     made = dict(zip(layouts, walks, strict=True))
     return tuple([made[shape] for shape in shapes])
 
