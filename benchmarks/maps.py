@@ -137,15 +137,18 @@ def brute_force(work: Work, tile: tuple[int, int]) -> torch.Tensor:
 
 
 def wall_us(make: Callable[[], Any], prepare: Callable[[], Any], repeats: int = 30) -> list[float]:
-    times = []
-    for _ in range(2 * repeats):  # the first half to warm up
+    def once() -> float:
         prepare()
         torch.cuda.synchronize()
         start = time.perf_counter()
         make()
         torch.cuda.synchronize()
-        times.append((time.perf_counter() - start) * 1e6)
-    return sorted(times[repeats:])
+        return (time.perf_counter() - start) * 1e6
+
+    awake = time.perf_counter() + 0.3
+    while time.perf_counter() < awake:  # clocks rise while something runs
+        once()
+    return sorted(once() for _ in range(repeats))
 
 
 def graph_us(make: Callable[[], Any], repeats: int = 20) -> list[float]:
