@@ -94,7 +94,6 @@ class Op(enum.Enum):
 
 
 COMPARISONS = frozenset({Op.EQ, Op.NE, Op.LT, Op.LE})
-LEAVES = frozenset({Op.INDEX, Op.SCORE, Op.CONST, Op.NUMBER})
 INDEX_NAMES = ("b", "h", "q_idx", "kv_idx")
 
 
