@@ -16,7 +16,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from anymask.kernels.functions import near
 from anymask.kernels.hopper_chunks import accumulators, allocate_tiles, chunks_of, finished
-from anymask.kernels.hopper_pipeline import Ring, RowQueue, begin_store, pass_turn, seen_as, wait_turn
+from anymask.kernels.hopper_pipeline import (
+    Ring,
+    RowQueue,
+    begin_store,
+    pass_turn,
+    read_number,
+    seen_as,
+    wait_turn,
+    write_number,
+)
 from anymask.kernels.hopper_softmax import OnlineSoftmax, pack_pairs, unpack_pairs
 from anymask.kernels.hopper_walk import Counting, Walking
 from anymask.kernels.record import record
@@ -26,6 +35,7 @@ from anymask.kernels.tile import (
     hidden,
     map_of,
     natural_score,
+    num_tiles_of,
     ranked_row,
     work_of,
 )
@@ -67,64 +77,91 @@ class Call:
 
 @record
 class Row:
-    """A tile of queries of one head, and its steps over tiles of keys: num_masked, then num_full."""
+    """A tile of queries of one head, and its steps over tiles of keys: num_masked, then num_full.
+
+    map_row: among the rows of all maps.  b < 0: there is no row.
+    """
 
     b: gl.tensor
     h: gl.tensor
     q_start: gl.tensor
+    map_row: gl.tensor
     num_masked: gl.tensor
     num_full: gl.tensor
-    masked: Walking | Counting
-    full: Walking | Counting
+
+
+NUM_FIELDS = gl.constexpr(6)
+
+
+@record
+class Rings:
+    """Q of each consumer, K and V, and where out is staged, None: in Q's place.  rows: that the program works on."""
+
+    rows: RowQueue
+    q: Ring
+    k: Ring
+    v: Ring
+    places: gl.shared_memory_descriptor  # [STAGES, 1] int32: which BLOCK_KV keys each stage of k has
+    out: gl.tuple | gl.constexpr
+
+
+# --- the role that finds rows ---
 
 
 @gluon.jit
-def row_of(call, number, OFFSET: gl.constexpr):
-    """Row `number` in the order of work_of, from query OFFSET on.
+def find_rows(call, rings):
+    """Role of one warp: what the rows are that this program works on, so that nobody waits for the counter or the map.
+
+    A persistent program draws one number after the other. Who counts itself out last sets the counter back: all have
+    drawn their last number by then.
+    """
+    number = gl.program_id(0)
+    if call.counter is None:
+        rings.rows.put(0, row_of(call, number))
+    else:
+        num_rows = call.num_rows * (call.TILE_Q // call.BLOCK_Q) * call.num_heads
+        n = gl.to_tensor(0)
+        while number < num_rows:
+            rings.rows.put(n, row_of(call, number))
+            n += 1
+            rings.rows.wait(n)
+            number = gl.num_programs(0) + gl.atomic_add(call.counter, 1)
+        rings.rows.put(n, (-1, 0, 0, 0, 0, 0))
+        if gl.atomic_add(call.counter + 1, 1) == gl.num_programs(0) - 1:
+            gl.store(call.counter, 0)
+            gl.store(call.counter + 1, 0)
+
+
+@gluon.jit
+def row_of(call, number):
+    """The fields of row `number` in the order of work_of.
 
     Without a walk it visits all keys: first the tile that hangs over their end, if one does.
     """
     BLOCK_Q: gl.constexpr = call.BLOCK_Q
     BLOCK_KV: gl.constexpr = call.BLOCK_KV
     TILE_Q: gl.constexpr = call.TILE_Q
-    TILE_KV: gl.constexpr = call.TILE_KV
     head, rank, part = work_of(number, call.num_rows, call.num_heads, call.heads_together, TILE_Q, BLOCK_Q)
     b = head // call.Hq
     h = head % call.Hq
     if call.walk is None:
         num_full = call.Skv // BLOCK_KV
-        num_masked = gl.cdiv(call.Skv, BLOCK_KV) - num_full
-        masked = Counting(num_full * BLOCK_KV, BLOCK_KV)
-        full = Counting(gl.to_tensor(0), BLOCK_KV)
-        return Row(b, h, rank * BLOCK_Q + OFFSET, num_masked, num_full, masked, full)
+        return (b, h, rank * BLOCK_Q, 0, gl.cdiv(call.Skv, BLOCK_KV) - num_full, num_full)
     else:
+        STEPS: gl.constexpr = call.TILE_KV // BLOCK_KV
         first_row = map_of(call.map_strides, b, h) * call.num_rows
         row = ranked_row(call.walk, first_row, rank)
-        masked, num_masked = Walking.open(call.walk, call.num_words, first_row + row, TILE_KV, BLOCK_KV, False)
-        full, num_full = Walking.open(call.walk, call.num_words, first_row + row, TILE_KV, BLOCK_KV, True)
-        q_start = row * TILE_Q + part * BLOCK_Q + OFFSET
-        return Row(b, h, q_start, num_masked, num_full, masked, full)
+        num_masked = num_tiles_of(call.walk, first_row + row, False) * STEPS
+        num_full = num_tiles_of(call.walk, first_row + row, True) * STEPS
+        map_row = (first_row + row).to(gl.int32)
+        return (b, h, row * TILE_Q + part * BLOCK_Q, map_row, num_masked, num_full)
 
 
 @gluon.jit
-def num_rows_of(call):
-    """Of all heads."""
-    PARTS: gl.constexpr = call.TILE_Q // call.BLOCK_Q
-    return call.num_rows * PARTS * call.num_heads
-
-
-@record
-class Rings:
-    """Q of each consumer, K and V; and where out is staged, None: in Q's place.
-
-    queue: of the rows after the first of a persistent program, None: there is one row.
-    """
-
-    q: Ring
-    k: Ring
-    v: Ring
-    out: gl.tuple | gl.constexpr
-    queue: RowQueue | gl.constexpr
+def taken_row(rings, n, OFFSET: gl.constexpr, NUM_WARPS: gl.constexpr):
+    """Row number n of this program, from query OFFSET of its tile on."""
+    fields = rings.rows.take(n, NUM_WARPS)
+    return Row(fields[0], fields[1], fields[2] + OFFSET, fields[3], fields[4], fields[5])
 
 
 # --- the producer ---
@@ -132,26 +169,31 @@ class Rings:
 
 @gluon.jit
 def load_tiles(call, rings):
-    """Role of one warp: load what the consumers read.
-
-    A persistent program draws the number of its next row when a row's loads are on their way, so that nobody waits for
-    the counter. Who counts itself out last sets the counter back: all have drawn their last number by then.
-    """
-    number = gl.program_id(0)
+    """Role of one warp: load what the consumers read."""
     n = gl.to_tensor(0)
     i = gl.to_tensor(0)
-    if rings.queue is None:
-        load_row(call, rings, row_of(call, number, 0), n, i)
+    row = taken_row(rings, n, 0, 1)
+    if call.counter is None:
+        load_row(call, rings, row, n, i)
     else:
-        num_rows = num_rows_of(call)
-        while number < num_rows:
-            i = load_row(call, rings, row_of(call, number, 0), n, i)
-            number = gl.num_programs(0) + gl.atomic_add(call.counter, 1)
-            rings.queue.put(n, number)
+        while row.b >= 0:
+            i = load_row(call, rings, row, n, i)
             n += 1
-        if gl.atomic_add(call.counter + 1, 1) == gl.num_programs(0) - 1:
-            gl.store(call.counter, 0)
-            gl.store(call.counter + 1, 0)
+            row = taken_row(rings, n, 0, 1)
+
+
+@gluon.jit
+def walks_of(call, row):
+    """The walk of a row's masked tiles, and of its full ones."""
+    BLOCK_KV: gl.constexpr = call.BLOCK_KV
+    TILE_KV: gl.constexpr = call.TILE_KV
+    if call.walk is None:
+        return Counting(row.num_full * BLOCK_KV, BLOCK_KV), Counting(gl.to_tensor(0), BLOCK_KV)
+    else:
+        map_row = row.map_row.to(gl.int64)
+        masked, _ = Walking.open(call.walk, call.num_words, map_row, TILE_KV, BLOCK_KV, False)
+        full, _ = Walking.open(call.walk, call.num_words, map_row, TILE_KV, BLOCK_KV, True)
+        return masked, full
 
 
 @gluon.jit
@@ -162,18 +204,22 @@ def load_row(call, rings, row, n, i):
     """
     kv_head = row.h // call.G
     NUM_CONSUMERS: gl.constexpr = call.BLOCK_Q // ROWS
+    masked, full = walks_of(call, row)
     for consumer in gl.static_range(NUM_CONSUMERS):
         rings.q.load(n * NUM_CONSUMERS + consumer, call.q, row.b, row.h, row.q_start + consumer * ROWS)
     for IS_FULL in gl.static_range(2):
         if IS_FULL:
-            tiles = row.full
+            tiles = full
             num_steps = row.num_full
         else:
-            tiles = row.masked
+            tiles = masked
             num_steps = row.num_masked
         for step in range(num_steps):
             kv_start = tiles.start(step)
             tiles = tiles.after(step)
+            # so consumers need no walk; the barrier of K tells them of it
+            rings.k.wait_empty(i)
+            write_number(rings.places.index(i % rings.k.STAGES), kv_start // call.BLOCK_KV)
             rings.k.load(i, call.k, row.b, kv_head, kv_start)
             rings.v.load(i, call.v, row.b, kv_head, kv_start)
             i += 1
@@ -218,6 +264,18 @@ def shown(call, row, kv_start, s):
 
 
 @gluon.jit
+def start_of_tile(call, rings, i, IS_MASKED: gl.constexpr):
+    """The first key of tile i, which has come, where a mask or a score function asks for it.
+
+    As a multiple of BLOCK_KV, so that the compiler sees that captured vectors may be read two numbers at a time.
+    """
+    if IS_MASKED or call.SCORE is not None:
+        return read_number(rings.places.index(i % rings.k.STAGES), 4) * call.BLOCK_KV
+    else:
+        return gl.to_tensor(0)
+
+
+@gluon.jit
 def score_product(rings, q_load, i, S_LAYOUT: gl.constexpr):
     """S = Q K(i)^T, issued, a product for each chunk of columns    [ROWS, BLOCK_KV] f32"""
     BLOCK_KV: gl.constexpr = rings.k.tiles[0].shape[3]
@@ -252,7 +310,6 @@ def chunk_product(v_tile, pairs, correction, acc):
 @gluon.jit
 def attend_step(
     i,
-    kv_start,
     acc,
     softmax,
     pairs,
@@ -273,6 +330,7 @@ def attend_step(
     acc = output_product(rings, pairs, correction, acc, i - 1)
     if call.HAS_TURNS:
         pass_turn(WARPGROUP)
+    kv_start = start_of_tile(call, rings, i, IS_MASKED)
     s = warpgroup_mma_wait(len(acc), deps=[s])
     rings.k.release(i)
     s, factor = scores(call, row, kv_start, s)
@@ -304,31 +362,26 @@ def store_chunk(out, rings, acc, factor, row, column, C: gl.constexpr, WARPGROUP
 @gluon.jit
 def attend(call, rings, WARPGROUP: gl.constexpr):
     """Role of a warpgroup: out and lse of ROWS queries, of each row of a persistent program."""
-    OFFSET: gl.constexpr = WARPGROUP * ROWS
-    number = gl.program_id(0)
     n = gl.to_tensor(0)
     i = gl.to_tensor(0)
-    row = row_of(call, number, OFFSET)
     if call.HAS_TURNS and WARPGROUP == 1:
         pass_turn(WARPGROUP)
-    if rings.queue is None:
+    row = taken_row(rings, n, WARPGROUP * ROWS, 4)
+    if call.counter is None:
         attend_row(call, rings, row, n, i, WARPGROUP)
     else:
-        num_rows = num_rows_of(call)
-        while number < num_rows:
-            number, row, i = attend_row(call, rings, row, n, i, WARPGROUP)
+        while row.b >= 0:
+            i = attend_row(call, rings, row, n, i, WARPGROUP)
             n += 1
-        tma.store_wait(0)
+            row = taken_row(rings, n, WARPGROUP * ROWS, 4)
+    tma.store_wait(0)
     if call.HAS_TURNS and WARPGROUP == 0:
         wait_turn(WARPGROUP)  # the turn that the other passed on last
 
 
 @gluon.jit
 def attend_row(call, rings, row, n, first, WARPGROUP: gl.constexpr):
-    """Row number n of this program, whose first tile is tile `first`.
-
-    Of a persistent program: the number of its next row, that row, and the number of its first tile.
-    """
+    """Row number n of this program, whose first tile is tile `first`; the number of the tile after its last."""
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, call.BLOCK_KV, 16])
     MAY_HIDE: gl.constexpr = call.MASK is not None or not call.IS_EVEN_KV
     num_masked = row.num_masked
@@ -346,11 +399,9 @@ def attend_row(call, rings, row, n, first, WARPGROUP: gl.constexpr):
         s = score_product(rings, q_load, first, S_LAYOUT)
         if call.HAS_TURNS:
             pass_turn(WARPGROUP)
+        kv_start = start_of_tile(call, rings, first, MAY_HIDE)
         s = warpgroup_mma_wait(0, deps=[s])
         rings.k.release(first)
-        masked = row.masked
-        full = row.full
-        kv_start = gl.where(num_masked > 0, masked.start(0), full.start(0))
         s, factor = scores(call, row, kv_start, s)
         if MAY_HIDE and num_masked > 0:
             s = shown(call, row, kv_start, s)
@@ -358,36 +409,23 @@ def attend_row(call, rings, row, n, first, WARPGROUP: gl.constexpr):
         pairs = pack_pairs(p, call.q[0].dtype)
 
         if MAY_HIDE:
-            masked = masked.after(0)
             for step in range(1, num_masked):
-                i = first + step
-                kv_start = masked.start(step)
-                masked = masked.after(step)
                 acc, softmax, pairs, correction = attend_step(
-                    i, kv_start, acc, softmax, pairs, correction, q_load, call, row, rings, True, WARPGROUP
+                    first + step, acc, softmax, pairs, correction, q_load, call, row, rings, True, WARPGROUP
                 )
-        if num_masked == 0:
-            full = full.after(0)
         for step in range(gl.maximum(num_masked, 1), num_steps):
-            i = first + step
-            kv_start = full.start(step - num_masked)
-            full = full.after(step - num_masked)
             acc, softmax, pairs, correction = attend_step(
-                i, kv_start, acc, softmax, pairs, correction, q_load, call, row, rings, False, WARPGROUP
+                first + step, acc, softmax, pairs, correction, q_load, call, row, rings, False, WARPGROUP
             )
-        if rings.queue is not None:
+        if call.counter is not None:
             rings.q.release(q_load)
         acc = output_product(rings, pairs, correction, acc, first + num_steps - 1)
         acc = finished(acc, 0)
-        if rings.queue is not None:
+        if call.counter is not None:
             rings.v.release(first + num_steps - 1)
     else:
-        if rings.queue is not None:
+        if call.counter is not None:
             rings.q.release(q_load)
-    if rings.queue is not None:
-        # its walk is read while this row is written
-        number = rings.queue.take(n)
-        next_row = row_of(call, gl.minimum(number, num_rows_of(call) - 1), WARPGROUP * ROWS)
 
     has_key = softmax.row_sum > 0
     row_sum = gl.where(has_key, softmax.row_sum, 1.0)
@@ -395,18 +433,14 @@ def attend_row(call, rings, row, n, first, WARPGROUP: gl.constexpr):
     rows = row.q_start + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S_LAYOUT))
     head = row.b.to(gl.int64) * call.Hq + row.h
     gl.store(call.lse_pointer + head * call.Sq + rows, lse, mask=rows < call.Sq)
-    if rings.queue is not None:
+    if call.counter is not None:
         tma.store_wait(0)  # the last row has left its place
     inverse = 1.0 / row_sum
     column = 0
     for c in gl.static_range(len(call.out)):
         store_chunk(call.out[c], rings, acc[c], inverse, row, column, c, WARPGROUP)
         column += call.out[c].block_type.shape[3]
-    if rings.queue is None:
-        tma.store_wait(0)
-        return
-    else:
-        return number, next_row, first + num_steps
+    return first + num_steps
 
 
 @gluon.constexpr_function
@@ -462,15 +496,13 @@ def hopper_forward_kernel(
     staged = None
     if counter is not None or not fits(out, q):
         staged = allocate_tiles(out, NUM_CONSUMERS)
-    queue = None
-    if counter is not None:
-        queue = RowQueue.create(NUM_CONSUMERS)
     rings = Rings(
+        RowQueue.create(NUM_FIELDS, NUM_CONSUMERS + 1),
         Ring.create(q, NUM_CONSUMERS if counter is None else NUM_CONSUMERS * 2, 1),
         Ring.create(k, STAGES, NUM_CONSUMERS),
         Ring.create(v, STAGES, NUM_CONSUMERS),
+        gl.allocate_shared_memory(gl.int32, [STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])),
         staged,
-        queue,
     )
     fence_async_shared()
     call = Call(
@@ -502,15 +534,24 @@ def hopper_forward_kernel(
         HAS_TURNS,
     )
     if NUM_CONSUMERS == 1:
-        gl.warp_specialize([(attend, (call, rings, gl.constexpr(0))), (load_tiles, (call, rings))], [1], REGISTERS)
+        gl.warp_specialize(
+            [
+                (attend, (call, rings, gl.constexpr(0))),
+                (load_tiles, (call, rings)),
+                (find_rows, (call, rings)),
+            ],
+            [1, 1],
+            REGISTERS,
+        )
     elif NUM_CONSUMERS == 2:
         gl.warp_specialize(
             [
                 (attend, (call, rings, gl.constexpr(0))),
                 (attend, (call, rings, gl.constexpr(1))),
                 (load_tiles, (call, rings)),
+                (find_rows, (call, rings)),
             ],
-            [4, 1],
+            [4, 1, 1],
             REGISTERS,
         )
     else:
@@ -520,7 +561,8 @@ def hopper_forward_kernel(
                 (attend, (call, rings, gl.constexpr(1))),
                 (attend, (call, rings, gl.constexpr(2))),
                 (load_tiles, (call, rings)),
+                (find_rows, (call, rings)),
             ],
-            [4, 4, 1],
+            [4, 4, 1, 1],
             REGISTERS,
         )

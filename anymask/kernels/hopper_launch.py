@@ -73,7 +73,7 @@ def forward_recipe(
         IS_EVEN_KV=Skv % tile[1] == 0,
         STAGES=config.num_stages,
         HAS_TURNS=config.has_turns,
-        REGISTERS=of_roles,
+        REGISTERS=(*of_roles, of_roles[-1]),  # the warp that finds rows is of the producer's warpgroup
         num_warps=4,
         maxnreg=registers,
     )

@@ -38,6 +38,20 @@ def seen_as(place, DTYPE: gl.constexpr, SHAPE: gl.constexpr, LAYOUT: gl.constexp
         return place._reinterpret(DTYPE, SHAPE, LAYOUT)
 
 
+@gluon.jit
+def write_number(place, number):
+    """By a role of one warp, into [1] int32 in shared memory."""
+    of_one_warp: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    place.store(gl.full([1], number, gl.int32, of_one_warp))
+
+
+@gluon.jit
+def read_number(place, NUM_WARPS: gl.constexpr):
+    """By a role of so many warps."""
+    of_a_role: gl.constexpr = gl.BlockedLayout([1], [32], [NUM_WARPS], [0])
+    return gl.max(place.load(of_a_role), 0)
+
+
 @record
 class Ring:
     """Tiles in shared memory that one producer fills by TMA and consumers read, load after load.
@@ -64,11 +78,15 @@ class Ring:
         return Ring(tiles, full, empty, STAGES)
 
     @gluon.jit
+    def wait_empty(self, i):
+        """Until the stage of load i is empty."""
+        mbarrier.wait(self.empty.index(i % self.STAGES), (i // self.STAGES & 1) ^ 1)
+
+    @gluon.jit
     def begin(self, i, NUM_BYTES: gl.constexpr):
         """The barrier that load i, of so many bytes, completes when they have come; its stage is empty then."""
-        stage = i % self.STAGES
-        full = self.full.index(stage)
-        mbarrier.wait(self.empty.index(stage), (i // self.STAGES & 1) ^ 1)
+        self.wait_empty(i)
+        full = self.full.index(i % self.STAGES)
         mbarrier.expect(full, NUM_BYTES)
         return full
 
@@ -113,40 +131,46 @@ class Ring:
 
 @record
 class RowQueue:
-    """Numbers of rows that the producer of a persistent program draws and its consumers read, one after the other."""
+    """What rows a program works on: NUM_FIELDS numbers each, from the role that finds them to those that take all."""
 
-    numbers: gl.shared_memory_descriptor  # [2, 1] int32
+    numbers: gl.shared_memory_descriptor  # [2 * NUM_FIELDS, 1] int32
     full: gl.shared_memory_descriptor  # [2, 1]
     empty: gl.shared_memory_descriptor  # [2, 1]
+    NUM_FIELDS: gl.constexpr
 
     @gluon.jit
-    def create(NUM_CONSUMERS: gl.constexpr):
-        numbers = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    def create(NUM_FIELDS: gl.constexpr, NUM_TAKERS: gl.constexpr):
+        numbers = gl.allocate_shared_memory(gl.int32, [2 * NUM_FIELDS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
         full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
         empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
         for slot in gl.static_range(2):
             mbarrier.init(full.index(slot), count=1)
-            mbarrier.init(empty.index(slot), count=NUM_CONSUMERS)
-        return RowQueue(numbers, full, empty)
+            mbarrier.init(empty.index(slot), count=NUM_TAKERS)
+        return RowQueue(numbers, full, empty, NUM_FIELDS)
 
     @gluon.jit
-    def put(self, n, number):
-        """The n-th number, when all consumers have taken the one before the last."""
+    def wait(self, n):
+        """Until all have taken the row before the last, so that the n-th has a place."""
+        mbarrier.wait(self.empty.index(n % 2), (n // 2 & 1) ^ 1)
+
+    @gluon.jit
+    def put(self, n, fields):
+        """The n-th row, which has a place."""
         slot = n % 2
-        mbarrier.wait(self.empty.index(slot), (n // 2 & 1) ^ 1)
-        of_one_warp: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-        self.numbers.index(slot).store(gl.full([1], number, gl.int32, of_one_warp))
+        for j in gl.static_range(self.NUM_FIELDS):
+            write_number(self.numbers.index(slot * self.NUM_FIELDS + j), fields[j])
         mbarrier.arrive(self.full.index(slot), count=1)
 
     @gluon.jit
-    def take(self, n):
-        """The n-th number, as soon as it is there."""
+    def take(self, n, NUM_WARPS: gl.constexpr):
+        """The fields of the n-th row, as soon as it is there, for a role of so many warps."""
         slot = n % 2
         mbarrier.wait(self.full.index(slot), n // 2 & 1)
-        of_a_warpgroup: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-        number = gl.max(self.numbers.index(slot).load(of_a_warpgroup), 0)
+        fields = ()
+        for j in gl.static_range(self.NUM_FIELDS):
+            fields += (read_number(self.numbers.index(slot * self.NUM_FIELDS + j), NUM_WARPS),)
         mbarrier.arrive(self.empty.index(slot), count=1)
-        return number
+        return fields
 
 
 # --- turns: two warpgroups issue their products one after the other, so that one's softmax overlaps the other's

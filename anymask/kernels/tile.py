@@ -136,6 +136,12 @@ def ranked_row(walk, first_row, rank):
 
 
 @triton.jit
+def num_tiles_of(walk, row, IS_FULL: tl.constexpr):
+    """How many masked, or full, tiles a row has. row: among those of all maps."""
+    return tl.load(walk[1] + row * 3 + IS_FULL)
+
+
+@triton.jit
 def open_row(walk, num_words, row, length, TILE: tl.constexpr, IS_FULL: tl.constexpr):
     """The masked, or the full, tiles of a row: where its words begin (pointer), how many tiles, and the state of a walk
     at the first: the bits of a word that are left, the tile of its bit 0, and the word after it.
@@ -153,7 +159,7 @@ def open_row(walk, num_words, row, length, TILE: tl.constexpr, IS_FULL: tl.const
         words = walk[0] + (row * 2 + IS_FULL) * num_words
         word = tl.load(words)
         ahead = tl.load(words + tl.minimum(1, num_words - 1))
-        return words, tl.load(walk[1] + row * 3 + IS_FULL), word.to(tl.int32), (word >> 32).to(tl.int32), ahead
+        return words, num_tiles_of(walk, row, IS_FULL), word.to(tl.int32), (word >> 32).to(tl.int32), ahead
 
 
 @triton.jit
