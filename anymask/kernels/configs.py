@@ -21,10 +21,11 @@ class Config:
 
 @dataclass(frozen=True)
 class HopperConfig:
-    """Tiles of the Hopper forward: 64 queries for each consumer warpgroup. num_stages: tiles of keys in shared memory.
+    """Tiles of the Hopper forward: 64 rows for each consumer warpgroup. num_stages: tiles of keys in shared memory.
 
     has_turns: two consumers issue their products in turns, so that one's softmax overlaps the other's products.
     is_persistent: a program for each multiprocessor, which takes one tile of queries after the other.
+    heads: that share keys and of which a tile has BLOCK_Q // heads queries each: few queries then fill a tile.
     """
 
     BLOCK_Q: int
@@ -32,6 +33,12 @@ class HopperConfig:
     num_stages: int
     has_turns: bool
     is_persistent: bool = False
+    heads: int = 1
+
+    @property
+    def num_queries(self) -> int:
+        """Of a head in a tile."""
+        return self.BLOCK_Q // self.heads
 
     @property
     def num_consumers(self) -> int:
@@ -44,7 +51,8 @@ class HopperConfig:
         return 65536 // (registers * 128 * (self.num_consumers + 1))
 
     def __str__(self) -> str:
-        ways = ", in turns" * self.has_turns + ", persistent" * self.is_persistent
+        heads = f", {self.heads} heads" if self.heads > 1 else ""
+        ways = heads + ", in turns" * self.has_turns + ", persistent" * self.is_persistent
         return f"{self.BLOCK_Q}x{self.BLOCK_KV}, {self.num_consumers} warpgroups{ways}, {self.num_stages} stages"
 
 
@@ -211,6 +219,20 @@ HOPPER_ROWS = (
     HopperRow(192, HopperConfig(128, 64, 3, True)),
     HopperRow(256, HopperConfig(128, 64, 2, True)),
 )
+
+
+# Where heads that share keys are packed into tiles, by the most that max(D, Dv) may be. Not measured yet.
+HOPPER_PACKED = {
+    64: HopperConfig(64, 128, 3, False),
+    128: HopperConfig(64, 64, 2, False),
+    192: HopperConfig(64, 64, 2, False),
+    256: HopperConfig(128, 64, 2, True),
+}
+
+
+def packed_heads(G: int, Sq: int) -> int:
+    """How many of G heads that share keys go into a tile of 64 rows, so that all their queries do: a power of two."""
+    return max(heads for heads in (1, 2, 4, 8) if G % heads == 0 and (heads == 1 or heads * Sq <= 64))
 
 
 def hopper_config(D: int, Dv: int, Skv: int, tile_q: int, kinds: frozenset[str]) -> HopperConfig:

@@ -40,7 +40,8 @@ from anymask.kernels.tile import (
     work_of,
 )
 
-ROWS = gl.constexpr(64)  # of a consumer: what one wgmma of a warpgroup takes
+# Of a consumer: what one wgmma of a warpgroup takes. They are ROWS // HEADS queries of each of HEADS heads.
+ROWS = gl.constexpr(64)
 
 
 @record
@@ -67,6 +68,7 @@ class Call:
     MASK: gl.constexpr
     SCORE: gl.constexpr
     G: gl.constexpr
+    HEADS: gl.constexpr
     BLOCK_Q: gl.constexpr
     BLOCK_KV: gl.constexpr
     TILE_Q: gl.constexpr
@@ -77,7 +79,7 @@ class Call:
 
 @record
 class Row:
-    """A tile of queries of one head, and its steps over tiles of keys: num_masked, then num_full.
+    """A tile of queries of HEADS heads from h on, and its steps over tiles of keys: num_masked, then num_full.
 
     map_row: among the rows of all maps.  b < 0: there is no row.
     """
@@ -105,6 +107,12 @@ class Rings:
     out: gl.tuple | gl.constexpr
 
 
+@gluon.constexpr_function
+def queries_of(call, rows):
+    """How many queries of a head so many rows of a tile are."""
+    return rows // call.HEADS
+
+
 # --- the role that finds rows ---
 
 
@@ -119,7 +127,7 @@ def find_rows(call, rings):
     if call.counter is None:
         rings.rows.put(0, row_of(call, number))
     else:
-        num_rows = call.num_rows * (call.TILE_Q // call.BLOCK_Q) * call.num_heads
+        num_rows = call.num_rows * (call.TILE_Q // queries_of(call, call.BLOCK_Q)) * call.num_heads
         n = gl.to_tensor(0)
         while number < num_rows:
             rings.rows.put(n, row_of(call, number))
@@ -138,15 +146,15 @@ def row_of(call, number):
 
     Without a walk it visits all keys: first the tile that hangs over their end, if one does.
     """
-    BLOCK_Q: gl.constexpr = call.BLOCK_Q
+    QUERIES: gl.constexpr = queries_of(call, call.BLOCK_Q)
     BLOCK_KV: gl.constexpr = call.BLOCK_KV
     TILE_Q: gl.constexpr = call.TILE_Q
-    head, rank, part = work_of(number, call.num_rows, call.num_heads, call.heads_together, TILE_Q, BLOCK_Q)
-    b = head // call.Hq
-    h = head % call.Hq
+    head, rank, part = work_of(number, call.num_rows, call.num_heads, call.heads_together, TILE_Q, QUERIES)
+    b = head * call.HEADS // call.Hq
+    h = head * call.HEADS % call.Hq
     if call.walk is None:
         num_full = call.Skv // BLOCK_KV
-        return (b, h, rank * BLOCK_Q, 0, gl.cdiv(call.Skv, BLOCK_KV) - num_full, num_full)
+        return (b, h, rank * QUERIES, 0, gl.cdiv(call.Skv, BLOCK_KV) - num_full, num_full)
     else:
         STEPS: gl.constexpr = call.TILE_KV // BLOCK_KV
         first_row = map_of(call.map_strides, b, h) * call.num_rows
@@ -154,7 +162,7 @@ def row_of(call, number):
         num_masked = num_tiles_of(call.walk, first_row + row, False) * STEPS
         num_full = num_tiles_of(call.walk, first_row + row, True) * STEPS
         map_row = (first_row + row).to(gl.int32)
-        return (b, h, row * TILE_Q + part * BLOCK_Q, map_row, num_masked, num_full)
+        return (b, h, row * TILE_Q + part * QUERIES, map_row, num_masked, num_full)
 
 
 @gluon.jit
@@ -206,7 +214,9 @@ def load_row(call, rings, row, n, i):
     NUM_CONSUMERS: gl.constexpr = call.BLOCK_Q // ROWS
     masked, full = walks_of(call, row)
     for consumer in gl.static_range(NUM_CONSUMERS):
-        rings.q.load(n * NUM_CONSUMERS + consumer, call.q, row.b, row.h, row.q_start + consumer * ROWS)
+        rings.q.load(
+            n * NUM_CONSUMERS + consumer, call.q, row.b, row.h, row.q_start + queries_of(call, consumer * ROWS)
+        )
     for IS_FULL in gl.static_range(2):
         if IS_FULL:
             tiles = full
@@ -230,12 +240,25 @@ def load_row(call, rings, row, n, i):
 
 
 @gluon.jit
-def indices(row, kv_start, s):
-    """[ROWS, 1] and [1, BLOCK_KV] i32 positions of s."""
+def positions(call, row, LAYOUT: gl.constexpr):
+    """[ROWS] i32 heads and queries of a consumer's rows; one head is a scalar."""
+    rows = gl.arange(0, ROWS, layout=LAYOUT)
+    if call.HEADS == 1:
+        return row.h, row.q_start + rows
+    else:
+        QUERIES: gl.constexpr = queries_of(call, ROWS)
+        return row.h + rows // QUERIES, row.q_start + rows % QUERIES
+
+
+@gluon.jit
+def indices(call, row, kv_start, s):
+    """Heads [ROWS, 1] or one, [ROWS, 1] and [1, BLOCK_KV] i32 positions of s."""
     LAYOUT: gl.constexpr = s.type.layout
-    q_idx = row.q_start + gl.arange(0, s.shape[0], layout=gl.SliceLayout(1, LAYOUT))
+    h, q_idx = positions(call, row, gl.SliceLayout(1, LAYOUT))
+    if call.HEADS > 1:
+        h = h[:, None]
     kv_idx = kv_start + gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, LAYOUT))
-    return q_idx[:, None], kv_idx[None, :]
+    return h, q_idx[:, None], kv_idx[None, :]
 
 
 @gluon.jit
@@ -247,16 +270,16 @@ def scores(call, row, kv_start, s):
     if call.SCORE is None:
         return s, call.scale * LOG2_E
     else:
-        q_idx, kv_idx = indices(row, kv_start, s)
-        s = natural_score(s, row.b, row.h, q_idx, kv_idx, call.scale, call.bindings, call.SCORE)
+        h, q_idx, kv_idx = indices(call, row, kv_start, s)
+        s = natural_score(s, row.b, h, q_idx, kv_idx, call.scale, call.bindings, call.SCORE)
         return s, gl.to_tensor(LOG2_E)
 
 
 @gluon.jit
 def shown(call, row, kv_start, s):
     """s, and -inf where the mask hides the pair or there is no such key."""
-    q_idx, kv_idx = indices(row, kv_start, s)
-    s = hidden(s, float("-inf"), 0, 0, row.b, row.h, q_idx, kv_idx, call.bindings, call.MASK, False)
+    h, q_idx, kv_idx = indices(call, row, kv_start, s)
+    s = hidden(s, float("-inf"), 0, 0, row.b, h, q_idx, kv_idx, call.bindings, call.MASK, False)
     if not call.IS_EVEN_KV:
         end, column = near(call.Skv, kv_idx)
         s = gl.where(column < end, s, float("-inf"))
@@ -350,7 +373,8 @@ def store_chunk(out, rings, acc, factor, row, column, C: gl.constexpr, WARPGROUP
     if rings.out is None:
         # Q has been read
         LAYOUT: gl.constexpr = out.layout
-        staged = seen_as(rings.q.tiles[C].index(WARPGROUP), out.dtype, [1, 1, ROWS, acc.shape[1]], LAYOUT)
+        SHAPE: gl.constexpr = out.block_type.shape
+        staged = seen_as(rings.q.tiles[C].index(WARPGROUP), out.dtype, SHAPE, LAYOUT)
     else:
         staged = rings.out[C].index(WARPGROUP)
     factor = gl.convert_layout(factor, gl.SliceLayout(1, O_LAYOUT))
@@ -361,19 +385,20 @@ def store_chunk(out, rings, acc, factor, row, column, C: gl.constexpr, WARPGROUP
 
 @gluon.jit
 def attend(call, rings, WARPGROUP: gl.constexpr):
-    """Role of a warpgroup: out and lse of ROWS queries, of each row of a persistent program."""
+    """Role of a warpgroup: out and lse of ROWS rows of each tile of queries that the program works on."""
+    OFFSET: gl.constexpr = queries_of(call, WARPGROUP * ROWS)
     n = gl.to_tensor(0)
     i = gl.to_tensor(0)
     if call.HAS_TURNS and WARPGROUP == 1:
         pass_turn(WARPGROUP)
-    row = taken_row(rings, n, WARPGROUP * ROWS, 4)
+    row = taken_row(rings, n, OFFSET, 4)
     if call.counter is None:
         attend_row(call, rings, row, n, i, WARPGROUP)
     else:
         while row.b >= 0:
             i = attend_row(call, rings, row, n, i, WARPGROUP)
             n += 1
-            row = taken_row(rings, n, WARPGROUP * ROWS, 4)
+            row = taken_row(rings, n, OFFSET, 4)
     tma.store_wait(0)
     if call.HAS_TURNS and WARPGROUP == 0:
         wait_turn(WARPGROUP)  # the turn that the other passed on last
@@ -430,9 +455,9 @@ def attend_row(call, rings, row, n, first, WARPGROUP: gl.constexpr):
     has_key = softmax.row_sum > 0
     row_sum = gl.where(has_key, softmax.row_sum, 1.0)
     lse = gl.where(has_key, (softmax.row_max + gl.log2(row_sum)) * LN_2, float("-inf"))
-    rows = row.q_start + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S_LAYOUT))
-    head = row.b.to(gl.int64) * call.Hq + row.h
-    gl.store(call.lse_pointer + head * call.Sq + rows, lse, mask=rows < call.Sq)
+    h, q_idx = positions(call, row, gl.SliceLayout(1, S_LAYOUT))
+    head = row.b.to(gl.int64) * call.Hq + h
+    gl.store(call.lse_pointer + head * call.Sq + q_idx, lse, mask=q_idx < call.Sq)
     if call.counter is not None:
         tma.store_wait(0)  # the last row has left its place
     inverse = 1.0 / row_sum
@@ -451,7 +476,7 @@ def fits(out, q):
 
 @gluon.jit(do_not_specialize=["num_words", "num_rows", "num_heads", "heads_together", "Hq", "Sq", "Skv"])
 def hopper_forward_kernel(
-    q,  # descriptors: [B, Hq, Sq, D] in blocks of ROWS and as many columns as the first chunk has
+    q,  # descriptors: [B, Hq, Sq, D] in blocks of ROWS and as many columns as the first chunk has, of HEADS heads
     q_rest,  # and the second one, or None
     k,  # [B, Hkv, Skv, D] in blocks of BLOCK_KV
     k_rest,
@@ -475,6 +500,7 @@ def hopper_forward_kernel(
     MASK: gl.constexpr,  # None: it shows all
     SCORE: gl.constexpr,  # None: the score is scale * qk, and scale > 0
     G: gl.constexpr,
+    HEADS: gl.constexpr,  # of one key/value head that a tile of queries has: each has BLOCK_Q // HEADS of its rows
     BLOCK_Q: gl.constexpr,  # ROWS for each consumer
     BLOCK_KV: gl.constexpr,
     TILE_Q: gl.constexpr,
@@ -526,6 +552,7 @@ def hopper_forward_kernel(
         MASK,
         SCORE,
         G,
+        HEADS,
         BLOCK_Q,
         BLOCK_KV,
         TILE_Q,

@@ -43,7 +43,7 @@ def forward_recipe(
     """
     Hq, Sq, Skv = q.shape[1], q.shape[2], k.shape[2]
     num_rows, num_heads = walk[3:5]
-    programs = num_heads * num_rows * tile[0] // config.BLOCK_Q
+    programs = num_heads * num_rows * tile[0] // config.num_queries
     if config.is_persistent:
         programs = min(programs, _num_multiprocessors(q.device) * config.programs_together)
     registers, of_roles = HOPPER_REGISTERS[config.num_consumers]
@@ -51,10 +51,10 @@ def forward_recipe(
         q.device,
         hopper_forward_kernel,
         programs,
-        *_descriptors(q, CONSUMER_ROWS),
+        *_descriptors(q, CONSUMER_ROWS, heads=config.heads),
         *_descriptors(k, config.BLOCK_KV),
         *_descriptors(v, config.BLOCK_KV),
-        *_descriptors(out, CONSUMER_ROWS),
+        *_descriptors(out, CONSUMER_ROWS, heads=config.heads),
         TENSOR,
         TENSOR if config.is_persistent else None,
         *walk,
@@ -66,6 +66,7 @@ def forward_recipe(
         MASK=mask,
         SCORE=score,
         G=Hq // k.shape[1],
+        HEADS=config.heads,
         BLOCK_Q=config.BLOCK_Q,
         BLOCK_KV=config.BLOCK_KV,
         TILE_Q=tile[0],
@@ -159,7 +160,7 @@ def backward_recipe(
         *_descriptors(k, CONSUMER_ROWS),
         *_descriptors(v, CONSUMER_ROWS),
         *_descriptors(dout, CONSUMER_ROWS),
-        _descriptor(rows_layout(q), (2, CONSUMER_ROWS)),
+        _descriptor(rows_layout(q), (1, 2, CONSUMER_ROWS)),
         *(_descriptors(sum_layout(q), CONSUMER_ROWS, NUM_CONSUMERS.value) if config.is_fused else (None, None)),
         *_descriptors(dk, CONSUMER_ROWS),
         *_descriptors(dv, CONSUMER_ROWS),
@@ -206,16 +207,17 @@ def dq_recipe(dq: Layout, scale: float, addressing: dict[str, Any]) -> Recipe:
     )
 
 
-def _descriptors(x: Layout, rows: int, parts: int = 1) -> tuple[Descriptor, Descriptor | None]:
-    """x [B, H, S, D] in blocks of so many rows and of a part of the columns of each chunk of D."""
+def _descriptors(x: Layout, rows: int, parts: int = 1, heads: int = 1) -> tuple[Descriptor, Descriptor | None]:
+    """x [B, H, S, D] in blocks of so many rows, of so many heads in all, and of a part of the columns of each chunk."""
     first, *rest = chunks(x.shape[3])
-    others = [_descriptor(x, (rows, columns // parts), is_again=True) for columns in rest]
-    return _descriptor(x, (rows, first // parts)), others[0] if others else None
+    of_head = rows // heads
+    others = [_descriptor(x, (heads, of_head, columns // parts), is_again=True) for columns in rest]
+    return _descriptor(x, (heads, of_head, first // parts)), others[0] if others else None
 
 
-def _descriptor(x: Layout, block: tuple[int, int], is_again: bool = False) -> Descriptor:
-    """x [B, H, S, D] for TMA, in such blocks of one head."""
+def _descriptor(x: Layout, block: tuple[int, int, int], is_again: bool = False) -> Descriptor:
+    """x [B, H, S, D] for TMA, in such blocks of one batch."""
     # a dimension of size 1 may have any stride, also one that TMA does not take
     strides = [stride if size > 1 else 8 for size, stride in zip(x.shape[:3], x.strides, strict=False)]
-    layout = gl.NVMMASharedLayout.get_default_for([1, 1, *block], DTYPES[x.dtype])
-    return Descriptor(list(x.shape), [*strides, 1], [1, 1, *block], layout, is_again)
+    layout = gl.NVMMASharedLayout.get_default_for([1, *block], DTYPES[x.dtype])
+    return Descriptor(list(x.shape), [*strides, 1], [1, *block], layout, is_again)

@@ -18,6 +18,7 @@ from anymask.expr.mods import Mods
 from anymask.kernels.configs import (
     FAMILIES,
     HOPPER_BACKWARD_STAGES,
+    HOPPER_PACKED,
     RAGGED_BYTES,
     REGULAR_BYTES,
     SHARED_LIMITS,
@@ -28,6 +29,7 @@ from anymask.kernels.configs import (
     hopper_backward_config,
     hopper_config,
     lookup,
+    packed_heads,
 )
 from anymask.problem import Problem
 
@@ -90,6 +92,7 @@ def choose(
     config: Mapping[str, AnyConfig | Mapping[str, Any]] | None = None,
     deterministic: bool | None = None,
     tma_obstacle: str | None = None,
+    has_maps_by_head: bool = False,
 ) -> Plan:
     """The plan of a call whose map has tiles of `tile` (queries, keys) on `arch` (see arch_of).
 
@@ -97,7 +100,7 @@ def choose(
     fields by name, instead of the row's; for the forward of "gluon" those of HopperConfig; for "dkdv" those of
     HopperBackwardConfig, is_fused among them, ask for the Hopper kernel. Both are obeyed or raise UnsupportedError.
     deterministic: every kernel is but the Hopper backward where is_fused, which is taken without.  tma_obstacle: what
-    keeps TMA from reading q, k and v (see tma_obstacle_of).
+    keeps TMA from reading q, k and v (see tma_obstacle_of).  has_maps_by_head: heads do not share one map.
     """
     if backend is not None and backend not in BACKENDS:
         raise UnsupportedError(f"backend={backend!r} is none of {', '.join(BACKENDS)}")
@@ -120,6 +123,10 @@ def choose(
     hopper = hopper_backward = None
     if not (obstacle or why_no_gluon):
         hopper = hopper_config(problem.D, problem.Dv, problem.Skv, tile[0], _kinds(mods))
+        heads = 1 if has_maps_by_head else packed_heads(problem.G, problem.Sq)
+        if heads > 1:
+            packed = next(packed for max_D, packed in HOPPER_PACKED.items() if max_D >= max(problem.D, problem.Dv))
+            hopper = replace(packed, heads=heads)
         if not (config and {"dkdv", "dq"} & set(config)):
             length = min(problem.Sq, problem.Skv) if backend is None else 1 << 62
             hopper_backward = hopper_backward_config(problem.D, problem.Dv, length, not deterministic)
@@ -148,7 +155,7 @@ def choose(
         if kernel == "dkdv" and _is_hopper_backward(config[kernel]):
             wanted |= _hopper_backward(config, why_no_hopper, deterministic, problem.D, problem.Dv)
         elif isinstance(default, HopperConfig):
-            wanted[kernel] = _override_hopper(default, config[kernel], tile, problem.D, problem.Dv)
+            wanted[kernel] = _override_hopper(default, config[kernel], tile, problem, has_maps_by_head)
         else:
             wanted[kernel] = _override(kernel, default, config[kernel], need)
     plan = replace(plan, **wanted)
@@ -236,7 +243,8 @@ def walk_shapes(plan: Plan, tile: tuple[int, int]) -> tuple[Shape, ...]:
     for kernel in KERNELS:
         config: AnyConfig | None = getattr(plan, kernel)
         if config is not None:
-            shapes[kernel] = (max(tile[0], config.BLOCK_Q), max(tile[1], config.BLOCK_KV)), kernel == "dkdv"
+            num_queries = config.num_queries if isinstance(config, HopperConfig) else config.BLOCK_Q
+            shapes[kernel] = (max(tile[0], num_queries), max(tile[1], config.BLOCK_KV)), kernel == "dkdv"
     return tuple(shapes.get(kernel, shapes["dkdv"]) for kernel in KERNELS)
 
 
@@ -402,25 +410,35 @@ def hopper_shared_memory(config: HopperConfig, D: int, Dv: int) -> int:
     return 2 * (config.BLOCK_Q * staged + config.num_stages * config.BLOCK_KV * (D + Dv)) + 1024
 
 
-def _override_hopper(default: HopperConfig, wanted: Any, tile: tuple[int, int], D: int, Dv: int) -> HopperConfig:
+def _override_hopper(
+    default: HopperConfig, wanted: Any, tile: tuple[int, int], problem: Problem, has_maps_by_head: bool
+) -> HopperConfig:
     """The user's config of the Hopper forward, checked."""
     try:
         config = wanted if isinstance(wanted, HopperConfig) else replace(default, **wanted)
     except TypeError:
         raise UnsupportedError(
-            f"config['forward'] = {wanted} should name BLOCK_Q, BLOCK_KV, num_stages, has_turns or is_persistent of "
-            "the Gluon forward"
+            f"config['forward'] = {wanted} should name BLOCK_Q, BLOCK_KV, num_stages, has_turns, is_persistent or "
+            "heads of the Gluon forward"
         ) from None
     if config.BLOCK_Q not in (64, 128, 192) or config.BLOCK_KV not in (64, 128) or config.num_stages < 1:
         raise UnsupportedError(
             "config['forward']: the Gluon forward takes BLOCK_Q 64, 128 or 192, BLOCK_KV 64 or 128, num_stages from 1 "
             f"on: {config}"
         )
-    if max(config.BLOCK_Q, tile[0]) % min(config.BLOCK_Q, tile[0]):
-        raise UnsupportedError(f"config['forward']: BLOCK_Q={config.BLOCK_Q} and the map's {tile[0]}: none divides")
+    if config.heads not in (1, 2, 4, 8) or problem.G % config.heads or (config.heads > 1 and has_maps_by_head):
+        raise UnsupportedError(
+            f"config['forward']: heads={config.heads} should be 1, 2, 4 or 8 and divide the {problem.G} query heads "
+            "that share keys; and 1 where the mask differs by head"
+        )
+    num_queries = config.num_queries
+    if max(num_queries, tile[0]) % min(num_queries, tile[0]):
+        raise UnsupportedError(f"config['forward']: {num_queries} queries and the map's {tile[0]}: none divides")
+    if config.num_consumers != 2 and max(chunks(problem.Dv)) > 128:
+        raise UnsupportedError(f"config['forward']: with Dv {problem.Dv} BLOCK_Q is 128, not {config.BLOCK_Q}")
     if config.has_turns and config.num_consumers != 2:
         raise UnsupportedError(f"config['forward']: two warpgroups take turns, not {config.num_consumers}")
-    size, limit = hopper_shared_memory(config, D, Dv), SHARED_LIMITS["sm_90"]
+    size, limit = hopper_shared_memory(config, problem.D, problem.Dv), SHARED_LIMITS["sm_90"]
     if size > limit:
         raise UnsupportedError(
             f"config['forward']: {config} takes {size} bytes of shared memory of {limit}. Try fewer stages"

@@ -144,6 +144,8 @@ def test_why_says_what_was_chosen() -> None:
         ({"backend": "gluon", "config": {"forward": {"num_warps": 4}}}, "has_turns"),
         ({"backend": "gluon", "config": {"forward": {"BLOCK_Q": 256}}}, "BLOCK_Q 64, 128 or 192"),
         ({"backend": "gluon", "config": {"forward": {"BLOCK_Q": 64}}}, "two warpgroups take turns, not 1"),
+        ({"backend": "gluon", "config": {"forward": {"heads": 3}}}, "should be 1, 2, 4 or 8"),
+        ({"backend": "gluon", "D": 256, "config": {"forward": {"BLOCK_Q": 64, "has_turns": False}}}, "BLOCK_Q is 128"),
         ({"backend": "gluon", "config": {"forward": {"BLOCK_Q": 192}}}, "none divides"),
         ({"backend": "gluon", "tile": (64, 64), "config": {"forward": {"BLOCK_Q": 192}}}, "two warpgroups take turns"),
         ({"backend": "gluon", "config": {"forward": {"num_stages": 4}}}, "fewer stages"),
@@ -309,6 +311,27 @@ def test_the_faster_forward_is_taken() -> None:
     assert rows(32768, 128) == [128, 128, -128, -64, 128]
     assert rows(65536, 128) == [128, 128, -128, -128, 128]
     assert rows(8192, 192) == [128, 128, 128, 128, 128]
+
+
+def test_heads_that_share_keys_fill_a_tile() -> None:
+    def plan(Sq: int, Hkv: int = 4, D: int = 128, **arguments: Any) -> Plan:
+        p = Problem(2, 32, Hkv, Sq, 4096, D, D, torch.bfloat16, CPU)
+        return choose(p, Mods(CAUSAL), (64, 64), arch="sm_90", **arguments)
+
+    def heads(*problem: int, **arguments: Any) -> int:
+        chosen = plan(*problem, **arguments).forward
+        assert isinstance(chosen, HopperConfig)
+        return chosen.heads
+
+    assert [heads(Sq) for Sq in (1, 8, 9, 16, 17, 32, 33, 4096)] == [8, 8, 4, 4, 2, 2, 1, 1]
+    assert [heads(1, Hkv) for Hkv in (1, 2, 8, 16, 32)] == [8, 8, 4, 2, 1]
+    assert [heads(1, 4, D) for D in (16, 64, 72, 192, 256)] == [8] * 5
+    assert heads(1, has_maps_by_head=True) == 1
+    packed = plan(9)
+    assert packed.forward.num_queries == 16 and "64x64, 1 warpgroups, 4 heads" in packed.why
+    assert walk_shapes(packed, (64, 64))[0] == ((64, 64), False) and walk_shapes(packed, (16, 64))[0][0] == (16, 64)
+    with pytest.raises(UnsupportedError, match="differs by head"):
+        plan(9, has_maps_by_head=True, backend="gluon", config={"forward": {"heads": 2}})
 
 
 def test_head_dims_are_short_sums_of_powers_of_two() -> None:
