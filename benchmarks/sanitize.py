@@ -82,6 +82,7 @@ CASES = {
     "hopper backward softcap and ALiBi": Case(
         "gluon", (1, 1, 1, 200, 270, 64, 128), F16, "", "capped_and_biased", dkdv=FUSED
     ),
+    "hopper backward split": Case("gluon", (1, 2, 1, 200, 270, 192, 128), BF16, "documents_causal", dkdv=APART),
     "hopper backward mode 1, bias, GQA, apart": Case(
         "gluon", (1, 2, 1, 200, 270, 64, 64), BF16, "mode_1", "relative_bias", dkdv=APART
     ),

@@ -58,22 +58,28 @@ class HopperConfig:
 
 @dataclass(frozen=True)
 class HopperBackwardConfig:
-    """Of the Hopper dK/dV kernel: two warpgroups of 64 keys each. num_stages: tiles of queries in shared memory.
+    """Of the Hopper dK/dV kernel, of two warpgroups. num_stages: tiles of queries in shared memory.
 
-    is_fused: it adds up dQ too, in whatever order its programs come. Else dQ is left to the portable kernel.
+    is_fused: it adds up dQ too, in whatever order its programs come. Else dQ is left to a kernel of its own.
     is_held: K and V of head dim 64 stay in registers: fewer reads of shared memory for 32 instructions a step.
+    is_split: one warpgroup has dK, the other dV, of the same 64 keys, and S and P are computed twice: registers do for
+    both up to head dim 128 alone. Else each has both, of 64 keys of its own.
     """
 
     num_stages: int
     is_fused: bool
     is_held: bool = False
+    is_split: bool = False
 
     BLOCK_Q: ClassVar[int] = 64
-    BLOCK_KV: ClassVar[int] = 128
+
+    @property
+    def BLOCK_KV(self) -> int:
+        return 64 if self.is_split else 128
 
     def __str__(self) -> str:
-        fused, held = " and dq" * self.is_fused, ", K and V held" * self.is_held
-        return f"{self.BLOCK_Q}x{self.BLOCK_KV}{fused} in Gluon, 2 warpgroups{held}, {self.num_stages} stages"
+        ways = " and dq" * self.is_fused + " in Gluon, 2 warpgroups" + ", K and V held" * self.is_held
+        return f"{self.BLOCK_Q}x{self.BLOCK_KV}{ways}{', of dk and dv' * self.is_split}, {self.num_stages} stages"
 
 
 AnyConfig = Config | HopperConfig | HopperBackwardConfig
@@ -249,13 +255,23 @@ def hopper_config(D: int, Dv: int, Skv: int, tile_q: int, kinds: frozenset[str])
     )
 
 
-# Of the Hopper backward where config= asks for one, by the most that max(D, Dv) may be.
-HOPPER_BACKWARD_STAGES = {64: 3, 128: 2}
+# Of the Hopper backward, by the most that max(D, Dv) may be.
+HOPPER_BACKWARD_STAGES = {64: 3, 128: 2, 192: 3, 256: 2}
+
+
+def hopper_backward_default(D: int, Dv: int) -> HopperBackwardConfig:
+    """What config= changes."""
+    stages = next(n for max_D, n in HOPPER_BACKWARD_STAGES.items() if max_D >= max(D, Dv))
+    is_split = max(D, Dv) > 128
+    return HopperBackwardConfig(stages, is_fused=not is_split, is_split=is_split)
 
 
 @dataclass(frozen=True)
 class HopperBackwardRow:
-    D: int  # and Dv
+    """For min_D <= D, Dv <= max_D."""
+
+    min_D: int
+    max_D: int
     backward: HopperBackwardConfig
     min_length: int = 0  # of queries and of keys
 
@@ -264,19 +280,25 @@ class HopperBackwardRow:
 HOPPER_BACKWARD_ROWS = (
     # S 16384 447 / 442, 8192 442 / 422, 2048 397 / 335, 1024 348 / 260, 512 281 / 178, not held 412 / 417, 405 / 399;
     # 390 / 368, 383 / 357, 365 / 309, 358 / 251, 303 / 175
-    HopperBackwardRow(64, HopperBackwardConfig(3, is_fused=True, is_held=True), 2048),
+    HopperBackwardRow(64, 64, HopperBackwardConfig(3, is_fused=True, is_held=True), 2048),
+    # D 48, S 8192: - / 290; - / 265. D 32 278 / 269; 281 / 267. D 16 156 / 158; 186 / 157
+    HopperBackwardRow(40, 64, HopperBackwardConfig(3, is_fused=True), 2048),
     # S 16384 600 / 552, 8192 548 / 533, 2048 500 / 413, 512 347 / 223, three stages 545 / 553; 420 / 405, 413 / 401,
-    # 386 / 342, 280 / 192
-    HopperBackwardRow(128, HopperBackwardConfig(2, is_fused=True)),
+    # 386 / 342, 280 / 192. S 8192, causal, D 72, 80, 96, 112, 128/64: 336, 380, 413, 467, 433; 222, 249, 303, 340, 356
+    HopperBackwardRow(40, 128, HopperBackwardConfig(2, is_fused=True)),
     # S 16384 443 / 465, 8192 435 / 443, 2048 409 / 372, 512 300 / 195. At D 64 380 / 369, 381 / 355: the portable one
-    HopperBackwardRow(128, HopperBackwardConfig(2, is_fused=False)),
+    HopperBackwardRow(65, 128, HopperBackwardConfig(2, is_fused=False)),
+    HopperBackwardRow(8, 192, HopperBackwardConfig(3, is_fused=False, is_split=True)),
+    HopperBackwardRow(8, 256, HopperBackwardConfig(2, is_fused=False, is_split=True)),
 )
 
 
-def hopper_backward_config(D: int, Dv: int, length: int, is_fused: bool) -> HopperBackwardConfig | None:
+def hopper_backward_config(D: int, Dv: int, length: int, is_deterministic: bool) -> HopperBackwardConfig | None:
     """The backward's for so many queries and keys at least; None where the portable one is faster, or not compared."""
-    for row in HOPPER_BACKWARD_ROWS:
-        if row.D == D == Dv and length >= row.min_length and row.backward.is_fused == is_fused:
+    rows = [row for row in HOPPER_BACKWARD_ROWS if row.min_D <= min(D, Dv) and max(D, Dv) <= row.max_D]
+    max_D = min((row.max_D for row in rows), default=0)
+    for row in rows:
+        if row.max_D == max_D and length >= row.min_length and not (row.backward.is_fused and is_deterministic):
             return row.backward
     return None
 

@@ -142,9 +142,9 @@ class Shared:
 def load_tiles(call, shared):
     """Role of one warp: load what the consumers read. The walk is a step ahead of the loads."""
     work = work_of_program(call)
-    for consumer in gl.static_range(NUM_CONSUMERS):
-        shared.k.load(consumer, call.k, work.b, work.h_kv, work.kv_start + consumer * ROWS)
-        shared.v.load(consumer, call.v, work.b, work.h_kv, work.kv_start + consumer * ROWS)
+    for part in gl.static_range(call.BLOCK_KV // ROWS):
+        shared.k.load(part, call.k, work.b, work.h_kv, work.kv_start + part * ROWS)
+        shared.v.load(part, call.v, work.b, work.h_kv, work.kv_start + part * ROWS)
     i = 0
     for g in range(call.G):
         visit = visit_of(call, work, g)
@@ -265,6 +265,44 @@ def half_products(shared, even_or_odd, zero, C: gl.constexpr, WARPGROUP: gl.cons
 
 
 @gluon.jit
+def first_query(shared, i):
+    """Of step i. As a multiple of ROWS, so that the compiler sees that captured vectors may be read two numbers at a
+    time.
+    """
+    of_a_warpgroup: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    return gl.max(shared.tiles.index(i % shared.q.STAGES).load(of_a_warpgroup), 0) * ROWS
+
+
+@gluon.jit
+def indices(q_start, kv_start, LAYOUT: gl.constexpr):
+    """[1, ROWS] and [ROWS, 1] i32 positions of S^T."""
+    q_idx = q_start + gl.arange(0, ROWS, layout=gl.SliceLayout(0, LAYOUT))
+    kv_idx = kv_start + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
+    return q_idx[None, :], kv_idx[:, None]
+
+
+@gluon.jit
+def probability(s, lse_log2, call, work, h, q_idx, kv_idx, IS_MASKED: gl.constexpr):
+    """P^T of S^T    [ROWS, ROWS] f32"""
+    p = log2_probability(s, lse_log2, work.b, h, q_idx, kv_idx, call.scale, call.bindings, call.SCORE)
+    return gl.exp2(shown(p, float("-inf"), call, work, h, q_idx, kv_idx, IS_MASKED))
+
+
+@gluon.jit
+def score_gradient(p, s, dp, call, work, h, q_idx, kv_idx, IS_MASKED: gl.constexpr, PENDING: gl.constexpr):
+    """dS^T = P^T * dT/dS * dP^T, when dP^T is there, after which PENDING products were issued    [ROWS, ROWS] f32
+
+    In this order S is done with before dP^T.
+    """
+    if call.SCORE_GRAD is not None:
+        bindings = call.bindings
+        p *= call.SCORE_GRAD(s * call.scale, work.b, h, q_idx, kv_idx, bindings[0], bindings[1], bindings[2])
+        p = shown(p, 0.0, call, work, h, q_idx, kv_idx, IS_MASKED)
+    dp = warpgroup_mma_wait(PENDING, deps=[dp])
+    return p * dp
+
+
+@gluon.jit
 def gradient_step(i, dk, dv, k, v, call, work, h, shared, IS_MASKED: gl.constexpr, WARPGROUP: gl.constexpr):
     """dk and dv with the queries of step i added, whose dq gains the keys of both consumers. k, v: held, or None."""
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
@@ -290,25 +328,14 @@ def gradient_step(i, dk, dv, k, v, call, work, h, shared, IS_MASKED: gl.constexp
     # dP^T - delta = V dO^T - delta    [ROWS, ROWS] f32
     shared.dout.wait(i)
     dp = product_of_columns(v, dout, less_delta, True)
-    # as a multiple of ROWS, so that the compiler sees that captured vectors may be read two numbers at a time
-    of_a_warpgroup: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    q_start = gl.max(shared.tiles.index(i % shared.q.STAGES).load(of_a_warpgroup), 0) * ROWS
+    q_start = first_query(shared, i)
     lse_log2 = row_vector(call, shared, i, 0, S_LAYOUT)
     s = warpgroup_mma_wait(len(v), deps=[s])
-    # P^T    [ROWS, ROWS] f32
-    q_idx = (q_start + gl.arange(0, ROWS, layout=gl.SliceLayout(0, S_LAYOUT)))[None, :]
-    kv_idx = (work.kv_start + WARPGROUP * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S_LAYOUT)))[:, None]
-    p = log2_probability(s, lse_log2, work.b, h, q_idx, kv_idx, call.scale, call.bindings, call.SCORE)
-    p = gl.exp2(shown(p, float("-inf"), call, work, h, q_idx, kv_idx, IS_MASKED))
+    q_idx, kv_idx = indices(q_start, work.kv_start + WARPGROUP * ROWS, S_LAYOUT)
+    p = probability(s, lse_log2, call, work, h, q_idx, kv_idx, IS_MASKED)
     # dV += P^T dO
     dv = products_of_rows(p.to(DTYPE), dout, dv)
-    # dS^T = P^T * dT/dS * (dP^T - delta)    [ROWS, ROWS] f32. In this order S is done with before dP^T
-    if call.SCORE_GRAD is not None:
-        bindings = call.bindings
-        p *= call.SCORE_GRAD(s * call.scale, work.b, h, q_idx, kv_idx, bindings[0], bindings[1], bindings[2])
-        p = shown(p, 0.0, call, work, h, q_idx, kv_idx, IS_MASKED)
-    dp = warpgroup_mma_wait(len(dv), deps=[dp])
-    ds = (p * dp).to(DTYPE)
+    ds = score_gradient(p, s, dp, call, work, h, q_idx, kv_idx, IS_MASKED, len(dv)).to(DTYPE)
     if shared.dq is None:
         # dK += dS^T Q
         dk = products_of_rows(ds, q, dk)
@@ -341,6 +368,86 @@ def gradient_step(i, dk, dv, k, v, call, work, h, shared, IS_MASKED: gl.constexp
     dk = finished(dk, 0)
     shared.q.release(i)
     return dk, dv
+
+
+@gluon.jit
+def value_step(i, dv, call, work, h, shared, IS_MASKED: gl.constexpr):
+    """dv with the queries of step i added."""
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    zero = i >> 30  # see gradient_step
+    shared.q.wait(i)
+    s = gl.zeros([ROWS, ROWS], gl.float32, S_LAYOUT)
+    s = product_of_columns(shared.k.chunks(zero), shared.q.chunks(i), s, False)
+    lse_log2 = row_vector(call, shared, i, 0, S_LAYOUT)
+    shared.dout.wait(i)
+    q_start = first_query(shared, i)
+    s = warpgroup_mma_wait(0, deps=[s])
+    q_idx, kv_idx = indices(q_start, work.kv_start, S_LAYOUT)
+    p = probability(s, lse_log2, call, work, h, q_idx, kv_idx, IS_MASKED)
+    shared.q.release(i)
+    dv = finished(products_of_rows(p.to(call.q[0].dtype), shared.dout.chunks(i), dv), 0)
+    shared.dout.release(i)
+    return dv
+
+
+@gluon.jit
+def key_step(i, dk, call, work, h, shared, IS_MASKED: gl.constexpr):
+    """dk with the queries of step i added."""
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    zero = i >> 30  # see gradient_step
+    q = shared.q.chunks(i)
+    v = shared.v.chunks(zero)
+    s = gl.zeros([ROWS, ROWS], gl.float32, S_LAYOUT)
+    shared.q.wait(i)
+    less_delta = copies(row_vector(call, shared, i, 1, S_LAYOUT), s)
+    s = product_of_columns(shared.k.chunks(zero), q, s, False)
+    shared.dout.wait(i)
+    dp = product_of_columns(v, shared.dout.chunks(i), less_delta, True)
+    q_start = first_query(shared, i)
+    lse_log2 = row_vector(call, shared, i, 0, S_LAYOUT)
+    s = warpgroup_mma_wait(len(v), deps=[s])
+    q_idx, kv_idx = indices(q_start, work.kv_start, S_LAYOUT)
+    p = probability(s, lse_log2, call, work, h, q_idx, kv_idx, IS_MASKED)
+    ds = score_gradient(p, s, dp, call, work, h, q_idx, kv_idx, IS_MASKED, 0)
+    shared.dout.release(i)
+    dk = finished(products_of_rows(ds.to(call.q[0].dtype), q, dk), 0)
+    shared.q.release(i)
+    return dk
+
+
+@gluon.jit
+def step_of_one(i, acc, call, work, h, shared, IS_MASKED: gl.constexpr, OF_KEYS: gl.constexpr):
+    if OF_KEYS:
+        return key_step(i, acc, call, work, h, shared, IS_MASKED)
+    else:
+        return value_step(i, acc, call, work, h, shared, IS_MASKED)
+
+
+@gluon.jit
+def differentiate_one(call, shared, OF_KEYS: gl.constexpr):
+    """Role of a warpgroup: dk of ROWS keys, or dv, summed over the query heads that read them."""
+    MAY_HIDE: gl.constexpr = call.MASK is not None or not call.IS_EVEN_KV
+    work = work_of_program(call)
+    acc = accumulators(call.dk if OF_KEYS else call.dv)
+    shared.k.wait(0)
+    if OF_KEYS:
+        shared.v.wait(0)
+    i = 0
+    for g in range(call.G):
+        visit = visit_of(call, work, g)
+        if MAY_HIDE:
+            for _ in range(visit.num_masked):
+                acc = step_of_one(i, acc, call, work, visit.h, shared, True, OF_KEYS)
+                i += 1
+        for _ in range(visit.num_full):
+            acc = step_of_one(i, acc, call, work, visit.h, shared, False, OF_KEYS)
+            i += 1
+    meet()  # the other has read K, and V has come
+    if OF_KEYS:
+        store_chunks(call.dk, acc, call.scale, shared.k, work, work.kv_start, 0)
+    else:
+        store_chunks(call.dv, acc, 1.0, shared.v, work, work.kv_start, 0)
+    tma.store_wait(0)
 
 
 @gluon.jit
@@ -428,12 +535,14 @@ def hopper_backward_kernel(
     IS_EVEN_Q: gl.constexpr,  # no tile hangs over the end of the queries
     IS_EVEN_KV: gl.constexpr,  # nor of the keys
     IS_HELD: gl.constexpr,  # K and V of head dim 64 stay in registers
+    IS_SPLIT: gl.constexpr,  # one consumer has dk, the other dv
     STAGES: gl.constexpr,  # of q and dout
     REGISTERS: gl.constexpr,  # of the roles but the first
 ):
     """dk and dv of one tile of keys, and what it adds to dq. Grid: a program for each tile of each head of keys, in the
     order of work_of.
     """
+    BLOCK_KV: gl.constexpr = ROWS if IS_SPLIT else NUM_CONSUMERS * ROWS
     q = chunks_of(q, q_rest)
     k = chunks_of(k, k_rest)
     v = chunks_of(v, v_rest)
@@ -450,8 +559,8 @@ def hopper_backward_kernel(
     shared = Shared(
         Ring.create(q, STAGES, NUM_CONSUMERS),
         Ring.create(dout, STAGES, NUM_CONSUMERS),
-        Ring.create(k, NUM_CONSUMERS, 1),
-        Ring.create(v, NUM_CONSUMERS, 1),
+        Ring.create(k, BLOCK_KV // ROWS, 1),
+        Ring.create(v, BLOCK_KV // ROWS, 1),
         gl.allocate_shared_memory(gl.int32, [STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])),
         gl.allocate_shared_memory(gl.float32, [STAGES, 1, 1, 2, ROWS], rows.layout),
         staged_ds,
@@ -482,19 +591,30 @@ def hopper_backward_kernel(
         SCORE,
         SCORE_GRAD,
         G,
-        NUM_CONSUMERS * ROWS,
+        BLOCK_KV,
         TILE_Q,
         TILE_KV,
         IS_EVEN_Q,
         IS_EVEN_KV,
         IS_HELD,
     )
-    gl.warp_specialize(
-        [
-            (differentiate, (call, shared, gl.constexpr(0))),
-            (differentiate, (call, shared, gl.constexpr(1))),
-            (load_tiles, (call, shared)),
-        ],
-        [4, 1],
-        REGISTERS,
-    )
+    if IS_SPLIT:
+        gl.warp_specialize(
+            [
+                (differentiate_one, (call, shared, gl.constexpr(False))),
+                (differentiate_one, (call, shared, gl.constexpr(True))),
+                (load_tiles, (call, shared)),
+            ],
+            [4, 1],
+            REGISTERS,
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (differentiate, (call, shared, gl.constexpr(0))),
+                (differentiate, (call, shared, gl.constexpr(1))),
+                (load_tiles, (call, shared)),
+            ],
+            [4, 1],
+            REGISTERS,
+        )

@@ -17,7 +17,6 @@ from anymask.expr.ir import DType, Op
 from anymask.expr.mods import Mods
 from anymask.kernels.configs import (
     FAMILIES,
-    HOPPER_BACKWARD_STAGES,
     HOPPER_PACKED,
     RAGGED_BYTES,
     REGULAR_BYTES,
@@ -27,6 +26,7 @@ from anymask.kernels.configs import (
     HopperBackwardConfig,
     HopperConfig,
     hopper_backward_config,
+    hopper_backward_default,
     hopper_config,
     lookup,
     packed_heads,
@@ -112,7 +112,7 @@ def choose(
     if backend == "gluon" and why_no_gluon:
         raise UnsupportedError(f"backend='gluon' cannot run this: {why_no_gluon}. backend='triton' can")
     if backend is None:
-        if min(problem.D, problem.Dv) < 64:
+        if min(problem.D, problem.Dv) < 16:
             why_no_gluon = why_no_gluon or f"it has not been measured with D {problem.D} and Dv {problem.Dv}"
         if min(tile) < 64:
             why_no_gluon = why_no_gluon or f"the map's tiles of {tile[0]} x {tile[1]} are for smaller ones than its"
@@ -129,7 +129,7 @@ def choose(
             hopper = replace(packed, heads=heads)
         if not (config and {"dkdv", "dq"} & set(config)):
             length = min(problem.Sq, problem.Skv) if backend is None else 1 << 62
-            hopper_backward = hopper_backward_config(problem.D, problem.Dv, length, not deterministic)
+            hopper_backward = hopper_backward_config(problem.D, problem.Dv, length, bool(deterministic))
     if backend is None:
         backend = "eager" if obstacle or arch == "interpreter" else "triton" if why_no_gluon else "gluon"
     if backend not in ("gluon", "triton"):
@@ -465,24 +465,28 @@ def _hopper_backward(
 ) -> dict[str, Any]:
     """What the user's config["dkdv"] makes of the plan, checked. why_not: why no Hopper kernel can run."""
     wanted = config["dkdv"]
-    stages = next((n for max_D, n in HOPPER_BACKWARD_STAGES.items() if max_D >= max(D, Dv)), None)
-    if stages is None:
-        why_not = why_not or f"it takes D and Dv up to {max(HOPPER_BACKWARD_STAGES)}, not {D} and {Dv}"
-    if stages is None or why_not:
+    if why_not:
         raise UnsupportedError(
             f"config['dkdv'] = {wanted} asks for the Gluon backward, which cannot run this: {why_not}"
         )
     try:
-        default = HopperBackwardConfig(stages, is_fused=True)
+        default = hopper_backward_default(D, Dv)
         chosen = wanted if isinstance(wanted, HopperBackwardConfig) else replace(default, **wanted)
     except TypeError:
         raise UnsupportedError(
-            f"config['dkdv'] = {wanted} should name is_fused, is_held and num_stages of the Gluon backward"
+            f"config['dkdv'] = {wanted} should name is_fused, is_held, is_split and num_stages of the Gluon backward"
         ) from None
     if chosen.is_fused and deterministic:
         raise UnsupportedError(
             "config['dkdv']: where is_fused, the Gluon backward adds up dq in any order, and deterministic=True was "
             "asked for. Try is_fused=False"
+        )
+    if chosen.is_split == (max(D, Dv) <= 128):
+        raise UnsupportedError(f"config['dkdv']: is_split is for D or Dv above 128, and they are {D} and {Dv}")
+    if chosen.is_split and (chosen.is_fused or chosen.is_held):
+        raise UnsupportedError(
+            f"config['dkdv']: with D {D} and Dv {Dv} dq is a kernel of its own, and K and V are in shared memory. Try "
+            "is_fused=False, is_held=False"
         )
     if chosen.is_held and min(D, Dv) > 64:
         raise UnsupportedError(f"config['dkdv']: with is_held, D or Dv is at most 64, not {D} and {Dv}")

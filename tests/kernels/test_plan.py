@@ -150,10 +150,15 @@ def test_why_says_what_was_chosen() -> None:
         ({"backend": "gluon", "tile": (64, 64), "config": {"forward": {"BLOCK_Q": 192}}}, "two warpgroups take turns"),
         ({"backend": "gluon", "config": {"forward": {"num_stages": 4}}}, "fewer stages"),
         ({"arch": "sm_80", "config": {"dkdv": {"is_fused": True}}}, "Gluon backward.* for sm_90, not sm_80"),
-        ({"D": 136, "config": {"dkdv": {"is_fused": True}}}, "Gluon backward.* not 136 and 136"),
+        ({"D": 136, "config": {"dkdv": {"is_fused": True}}}, "dq is a kernel of its own"),
+        ({"D": 136, "config": {"dkdv": {"is_fused": False, "is_split": False}}}, "is_split is for D or Dv above 128"),
+        ({"config": {"dkdv": {"is_fused": False, "is_split": True}}}, "is_split is for D or Dv above 128"),
         ({"backend": "triton", "config": {"dkdv": {"is_fused": True}}}, "Gluon backward.* backend='triton'"),
         ({"tma_obstacle": "q is odd", "config": {"dkdv": {"is_fused": True}}}, "q is odd"),
-        ({"config": {"dkdv": {"is_fused": True, "BLOCK_Q": 64}}}, "should name is_fused, is_held and num_stages"),
+        (
+            {"config": {"dkdv": {"is_fused": True, "BLOCK_Q": 64}}},
+            "should name is_fused, is_held, is_split and num_stages",
+        ),
         ({"config": {"dkdv": {"is_fused": True, "is_held": True}}}, "D or Dv is at most 64"),
         ({"config": {"dkdv": {"is_fused": True, "num_stages": 4}}}, "other num_stages"),
         ({"config": {"dkdv": {"is_fused": True, "num_stages": 0}}}, "other num_stages"),
@@ -213,8 +218,8 @@ def test_masks_and_score_functions_have_rows_of_their_own() -> None:
 
 
 def test_gluon_forward_and_triton_backward() -> None:
-    plan = choose(problem(72), HEAVY, (64, 64), arch="sm_90")
-    portable = choose(problem(72), HEAVY, (64, 64), arch="sm_90", backend="triton")
+    plan = choose(problem(32), HEAVY, (64, 64), arch="sm_90")
+    portable = choose(problem(32), HEAVY, (64, 64), arch="sm_90", backend="triton")
     assert plan.has_kernels and isinstance(plan.forward, HopperConfig) and isinstance(portable.forward, Config)
     assert (plan.dkdv, plan.dq) == (portable.dkdv, portable.dq)
     assert "gluon forward and triton backward" in plan.why and f"forward {plan.forward}" in plan.why
@@ -230,7 +235,7 @@ def test_gluon_refusals_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
         return plan.why
 
     assert "no gluon forward: v begins at an odd place" in why(tma_obstacle="v begins at an odd place")
-    assert "not been measured with D 40 and Dv 40" in why(D=40)
+    assert "not been measured with D 8 and Dv 8" in why(D=8)
     for version, words in (("3.5.1", "not 3.5.1"), ("3.9.0", "Triton 3.6, not 3.9.0"), ("", "not none")):
         monkeypatch.setattr(plan_module, "_triton_version", lambda version=version: version)
         assert words in why()
@@ -276,18 +281,20 @@ def test_the_faster_backward_is_taken() -> None:
         p = Problem(1, 4, 2, S, 4096, D, Dv or D, torch.bfloat16, CPU)
         return choose(p, NONE, (64, 64), arch="sm_90", **arguments)
 
-    for D, S in ((128, 100), (64, 2048)):
-        chosen = plan(D, S)
+    for D, S, Dv in ((128, 100, 128), (72, 100, 128), (64, 2048, 64), (64, 100, 128), (48, 2048, 64)):
+        chosen = plan(D, S, Dv)
         assert isinstance(chosen.dkdv, HopperBackwardConfig) and chosen.dkdv.is_fused and chosen.dq is None
-        assert chosen.dkdv.is_held == (D == 64) and chosen.why.startswith("gluon on sm_90")
-    apart = plan(128, 100, deterministic=True)
-    assert isinstance(apart.dkdv, HopperBackwardConfig) and not apart.dkdv.is_fused and isinstance(apart.dq, Config)
-    assert apart.why.startswith("gluon, but dq triton, on sm_90")
+        assert chosen.dkdv.is_held == (D == Dv == 64) and chosen.why.startswith("gluon on sm_90")
+    for apart in (plan(128, 100, deterministic=True), plan(192, 100, 128), plan(256, 100, deterministic=True)):
+        assert isinstance(apart.dkdv, HopperBackwardConfig) and not apart.dkdv.is_fused and isinstance(apart.dq, Config)
+        assert apart.dkdv.is_split == (apart.dkdv.BLOCK_KV == 64) and apart.why.startswith(
+            "gluon, but dq triton, on sm_90"
+        )
     for portable in (
         plan(64, 1000),
         plan(64, 2048, deterministic=True),
-        plan(72, 2048),
-        plan(64, 2048, 128),
+        plan(48, 1000),
+        plan(32, 2048),
         plan(128, 2048, backend="triton"),
         plan(128, 2048, config={"dkdv": {"num_stages": 2}}),
     ):
@@ -348,8 +355,8 @@ def test_hopper_rows_fit() -> None:
         config = choose(problem(D, Dv), NONE, (64, 64), arch="sm_90", backend="gluon").forward
         assert isinstance(config, HopperConfig)
         assert hopper_shared_memory(config, D, Dv) <= SHARED_LIMITS["sm_90"]
-    for D, Dv in itertools.product(range(8, 129, 8), repeat=2):
-        config = {"dkdv": {"is_fused": True}}
+    for D, Dv in itertools.product(range(8, 257, 8), repeat=2):
+        config = {"dkdv": {"is_fused": max(D, Dv) <= 128}}
         backward = choose(problem(D, Dv), NONE, (64, 64), arch="sm_90", backend="gluon", config=config).dkdv
         assert isinstance(backward, HopperBackwardConfig)
         assert hopper_backward_shared_memory(backward, D, Dv) <= SHARED_LIMITS["sm_90"]
