@@ -295,10 +295,10 @@ HOPPER_BACKWARD_ROWS = (
 
 def hopper_backward_config(D: int, Dv: int, length: int, is_deterministic: bool) -> HopperBackwardConfig | None:
     """The backward's for so many queries and keys at least; None where the portable one is faster, or not compared."""
-    rows = [row for row in HOPPER_BACKWARD_ROWS if row.min_D <= min(D, Dv) and max(D, Dv) <= row.max_D]
-    max_D = min((row.max_D for row in rows), default=0)
-    for row in rows:
-        if row.max_D == max_D and length >= row.min_length and not (row.backward.is_fused and is_deterministic):
+    max_D = min(row.max_D for row in HOPPER_BACKWARD_ROWS if row.max_D >= max(D, Dv))
+    for row in HOPPER_BACKWARD_ROWS:
+        is_fit = row.max_D == max_D and row.min_D <= min(D, Dv) and row.min_length <= length
+        if is_fit and not (row.backward.is_fused and is_deterministic):
             return row.backward
     return None
 
