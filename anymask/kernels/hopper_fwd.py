@@ -93,6 +93,7 @@ class Row:
 
 
 NUM_FIELDS = gl.constexpr(6)
+WANTED_AHEAD = gl.constexpr(2)
 
 
 @record
@@ -208,11 +209,15 @@ def walks_of(call, row):
 def load_row(call, rings, row, n, i):
     """Q of row number n of this program, and K and V of its tiles, the first of which is tile i; the i after them.
 
-    The walk is a step ahead of the loads.
+    The walk is a step ahead of the loads. The next row is wanted when WANTED_AHEAD loads are left: later it would come
+    too late, and sooner the programs would take unequal parts of the work.
     """
     kv_head = row.h // call.G
     NUM_CONSUMERS: gl.constexpr = call.BLOCK_Q // ROWS
     masked, full = walks_of(call, row)
+    wanted = i + row.num_masked + row.num_full - WANTED_AHEAD
+    if call.counter is not None and wanted < i:
+        rings.rows.want()
     for consumer in gl.static_range(NUM_CONSUMERS):
         rings.q.load(
             n * NUM_CONSUMERS + consumer, call.q, row.b, row.h, row.q_start + queries_of(call, consumer * ROWS)
@@ -229,6 +234,8 @@ def load_row(call, rings, row, n, i):
             tiles = tiles.after(step)
             # so consumers need no walk; the barrier of K tells them of it
             rings.k.wait_empty(i)
+            if call.counter is not None and i == wanted:
+                rings.rows.want()
             write_number(rings.places.index(i % rings.k.STAGES), kv_start // call.BLOCK_KV)
             rings.k.load(i, call.k, row.b, kv_head, kv_start)
             rings.v.load(i, call.v, row.b, kv_head, kv_start)

@@ -136,6 +136,7 @@ class RowQueue:
     numbers: gl.shared_memory_descriptor  # [2 * NUM_FIELDS, 1] int32
     full: gl.shared_memory_descriptor  # [2, 1]
     empty: gl.shared_memory_descriptor  # [2, 1]
+    wanted: gl.shared_memory_descriptor  # [1]
     NUM_FIELDS: gl.constexpr
 
     @gluon.jit
@@ -143,14 +144,22 @@ class RowQueue:
         numbers = gl.allocate_shared_memory(gl.int32, [2 * NUM_FIELDS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
         full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
         empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        wanted = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        mbarrier.init(wanted, count=1)
         for slot in gl.static_range(2):
             mbarrier.init(full.index(slot), count=1)
             mbarrier.init(empty.index(slot), count=NUM_TAKERS)
-        return RowQueue(numbers, full, empty, NUM_FIELDS)
+        return RowQueue(numbers, full, empty, wanted, NUM_FIELDS)
+
+    @gluon.jit
+    def want(self):
+        """The next row should be found: by a role that has taken all that were put."""
+        mbarrier.arrive(self.wanted, count=1)
 
     @gluon.jit
     def wait(self, n):
-        """Until all have taken the row before the last, so that the n-th has a place."""
+        """Until the n-th row is wanted, n > 0, and all have taken the row before the last, so that it has a place."""
+        mbarrier.wait(self.wanted, (n - 1) & 1)
         mbarrier.wait(self.empty.index(n % 2), (n // 2 & 1) ^ 1)
 
     @gluon.jit
