@@ -60,7 +60,8 @@ def attention(
     config: tiles of the kernels, obeyed or raises: {"forward": {"BLOCK_Q": 64, "num_warps": 4}, "dkdv": ...,
       "dq": ...}, each a Config of kernels/configs.py or some of its fields. "forward" asks for the portable kernel;
       with backend="gluon" it takes HopperConfig's fields, for the Hopper one. {"dkdv": {"is_fused": True}}, fields of
-      HopperBackwardConfig, asks for the Hopper backward; other tiles of "dkdv" or "dq" for the portable one.
+      HopperBackwardConfig, asks for the Hopper backward; other tiles of "dkdv" or "dq" for the portable one. Where dq
+      is a kernel of its own there, {"dq": {"num_v_stages": 1}} sets fields of its HopperDqConfig.
 
     Returns out [B, Hq, Sq, Dv] in q's dtype, or (out, lse). A row that sees no key has out 0, lse -inf and gradients 0.
     Raises InputError, MaskError or UnsupportedError.

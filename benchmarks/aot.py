@@ -44,13 +44,15 @@ from anymask.expr.mods import Mods, text_of
 from anymask.expr.trace import trace
 from anymask.kernels import hopper_launch, launch
 from anymask.kernels import plan as planning
-from anymask.kernels.configs import SHARED_LIMITS, AnyConfig, HopperConfig
+from anymask.kernels.configs import SHARED_LIMITS, AnyConfig, HopperBackwardConfig, HopperConfig, hopper_dq_config
 from anymask.kernels.plan import (
     Need,
     choose,
     family_of,
     hopper_backward_shared_memory,
+    hopper_dq_shared_memory,
     hopper_shared_memory,
+    kinds_of,
     shared_memory,
 )
 from anymask.problem import Problem
@@ -72,8 +74,9 @@ TARGETS = {
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 KERNELS = ("forward", "dkdv", "dq", "classify", "walk", "order")
-# Only where plan.py has one. hopper_backward: with dQ in it, after rows and before dq_of_sum; hopper_dkdv: without.
-HOPPER_KERNELS = ("hopper_forward", "rows", "hopper_backward", "dq_of_sum", "hopper_dkdv")
+# Only where plan.py has one. hopper_backward: with dQ in it, after rows and before dq_of_sum; hopper_dkdv: without,
+# after rows and before hopper_dq.
+HOPPER_KERNELS = ("hopper_forward", "rows", "hopper_backward", "dq_of_sum", "hopper_dkdv", "hopper_dq")
 TWO = {"BLOCK_Q": 128, "BLOCK_KV": 128, "num_stages": 2, "has_turns": True}
 THREE = TWO | {"BLOCK_Q": 192, "num_stages": 3, "has_turns": False}
 # head dims and configs that the plan does not choose, or not for all masks
@@ -206,18 +209,24 @@ def compile_job(job: Job) -> list[Row]:
             config = {"forward": dict(job.hopper)} if job.hopper else None
             gluon_plan = choose(problem, mods, tile, arch=job.arch, backend="gluon", config=config)
             launch.forward(q, k, v, mods, bindings, blocks, gluon_plan, 0.125)
+            # of more head dims than the kernel of dK and dV beside it takes
+            dq_config = hopper_dq_config(job.D, job.Dv, kinds_of(mods))
+            dq_plan = replace(gluon_plan, dkdv=HopperBackwardConfig(1, is_fused=False), dq=dq_config)
+            launch.backward(dout, None, q, k, v, out, lse, mods, bindings, blocks, dq_plan, 0.125)
+            del recorder.calls["hopper_backward"]
             for name, is_fused in (("hopper_dkdv", False), ("hopper_backward", True)):
                 hopper_config = {"dkdv": {"is_fused": is_fused}}
                 hopper_plans[name] = choose(problem, mods, tile, arch=job.arch, backend="gluon", config=hopper_config)
-                dq_calls = recorder.calls["dq"]  # of the portable plan, which are the job's
                 launch.backward(dout, None, q, k, v, out, lse, mods, bindings, blocks, hopper_plans[name], 0.125)
-                recorder.calls[name], recorder.calls["dq"] = recorder.calls["hopper_backward"], dq_calls
+                recorder.calls[name] = recorder.calls["hopper_backward"]
     need = Need.of(job.D, job.Dv, dtype, mods, family_of(job.arch))
     configs: dict[str, Any] = {name: getattr(plan, name, None) for name in KERNELS}
     estimates = {name: shared_memory(name, config, need) for name, config in configs.items() if config}
     if "hopper_forward" in recorder.calls:
         configs["hopper_forward"] = gluon_plan.forward
         estimates["hopper_forward"] = hopper_shared_memory(gluon_plan.forward, job.D, job.Dv)
+        configs["hopper_dq"] = dq_config
+        estimates["hopper_dq"] = hopper_dq_shared_memory(dq_config, job.D, job.Dv)
     for name, hopper_plan in hopper_plans.items():
         configs[name] = hopper_plan.dkdv
         estimates[name] = hopper_backward_shared_memory(hopper_plan.dkdv, job.D, job.Dv)

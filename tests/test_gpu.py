@@ -152,11 +152,23 @@ def test_sizes_on_hopper(heads: tuple[int, int], S: tuple[int, int], D: int, Dv:
 
 
 @hopper
+@pytest.mark.parametrize("config", [FUSED, APART], ids=["fused", "apart"])
 @pytest.mark.parametrize("tile", [16, 64, 256])
-def test_map_tiles_on_hopper(tile: int) -> None:
+def test_map_tiles_on_hopper(tile: int, config: Any) -> None:
     ids = torch.randint(0, 3, (1000,), device="cuda").sort().values
     sizes = (1, 2, 2, 1000, 900, 128, 128)
-    run("gluon", causal() & document(ids), None, sizes, torch.bfloat16, "cuda", tile, config=FUSED)
+    run("gluon", causal() & document(ids), None, sizes, torch.bfloat16, "cuda", tile, config=config)
+
+
+@hopper
+@pytest.mark.parametrize(
+    "tiles", [{}, {"BLOCK_KV": 64, "num_v_stages": 1}, {"BLOCK_KV": 128, "num_v_stages": 1}], ids=str
+)
+def test_dq_kernels_beside_the_hopper_backward(tiles: dict[str, int]) -> None:
+    """The portable one, and the Hopper one with both widths."""
+    for mask in (None, causal()):
+        sizes = (2, 4, 2, 300, 270, 64, 128)
+        run("gluon", mask, None, sizes, torch.bfloat16, "cuda", 64, config=APART | {"dq": tiles})
 
 
 @hopper
@@ -165,11 +177,12 @@ def test_keys_past_the_end_do_not_reach_dq() -> None:
     q, k, v, dout, _ = inputs(1, 1, 1, 100, 100, 64, 64, torch.bfloat16, "cuda")
     q, k = (8 * q.abs()).detach().requires_grad_(), (-8 * k.abs()).detach().requires_grad_()
     for mask in (None, causal()):
-        got, expected = (
+        fused, apart, expected = (
             torch.autograd.grad(attention(q, k, v, mask=mask, config=config), (q, k, v), dout)
-            for config in (FUSED, None)
+            for config in (FUSED, APART, None)
         )
-        assert all(relative_error(a, b) < 2e-2 for a, b in zip(got, expected, strict=True))
+        for results in (fused, apart):
+            assert all(relative_error(a, b) < 2e-2 for a, b in zip(results, expected, strict=True))
 
 
 @hopper

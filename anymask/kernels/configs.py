@@ -60,7 +60,7 @@ class HopperConfig:
 class HopperBackwardConfig:
     """Of the Hopper dK/dV kernel, of two warpgroups. num_stages: tiles of queries in shared memory.
 
-    is_fused: it adds up dQ too, in whatever order its programs come. Else dQ is left to a kernel of its own.
+    is_fused: it adds up dQ too, in whatever order its programs come. Else dQ has a kernel of its own.
     is_held: K and V of head dim 64 stay in registers: fewer reads of shared memory for 32 instructions a step.
     is_split: one warpgroup has dK, the other dV, of the same 64 keys, and S and P are computed twice: registers do for
     both up to head dim 128 alone. Else each has both, of 64 keys of its own.
@@ -82,7 +82,23 @@ class HopperBackwardConfig:
         return f"{self.BLOCK_Q}x{self.BLOCK_KV}{ways}{', of dk and dv' * self.is_split}, {self.num_stages} stages"
 
 
-AnyConfig = Config | HopperConfig | HopperBackwardConfig
+@dataclass(frozen=True)
+class HopperDqConfig:
+    """Of the Hopper dQ kernel: two warpgroups of 64 queries each.
+
+    num_v_stages: tiles of V in shared memory; of K, which is read until a step ends, there is one more.
+    """
+
+    BLOCK_KV: int
+    num_v_stages: int
+
+    BLOCK_Q: ClassVar[int] = 128
+
+    def __str__(self) -> str:
+        return f"{self.BLOCK_Q}x{self.BLOCK_KV} in Gluon, 2 warpgroups, {self.num_v_stages} stages of V"
+
+
+AnyConfig = Config | HopperConfig | HopperBackwardConfig | HopperDqConfig
 
 
 @dataclass(frozen=True)
@@ -301,6 +317,31 @@ def hopper_backward_config(D: int, Dv: int, length: int, is_deterministic: bool)
         if is_fit and not (row.backward.is_fused and is_deterministic):
             return row.backward
     return None
+
+
+@dataclass(frozen=True)
+class HopperDqRow:
+    """only: as of HopperRow."""
+
+    max_D: int  # of max(D, Dv)
+    dq: HopperDqConfig
+    only: str = ""
+
+
+# Not measured. Where 128 keys a step need not spill, they take fewer instructions than 64 (D 128, no mask: 418 and 2 x
+# 266) and read less shared memory (3 and 4 KB for 64 x 64 x 16 of a product). But scores spill (softcap, D 128: 248
+# bytes), and in ragged masks tiles of 128 keys hold more pairs that are hidden.
+HOPPER_DQ_ROWS = (
+    HopperDqRow(128, HopperDqConfig(128, 2), "regular"),
+    HopperDqRow(128, HopperDqConfig(64, 3)),
+    HopperDqRow(192, HopperDqConfig(64, 2)),
+    HopperDqRow(256, HopperDqConfig(64, 1)),
+)
+
+
+def hopper_dq_config(D: int, Dv: int, kinds: frozenset[str]) -> HopperDqConfig:
+    """The Hopper dQ's, for D and Dv up to 256. kinds: as of hopper_config."""
+    return next(row.dq for row in HOPPER_DQ_ROWS if row.max_D >= max(D, Dv) and (not row.only or row.only in kinds))
 
 
 # Registers a thread, by number of consumers: at entry, and of each role but the first (which gets what is left) after

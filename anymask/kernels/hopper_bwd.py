@@ -444,21 +444,21 @@ def differentiate_one(call, shared, OF_KEYS: gl.constexpr):
             i += 1
     meet()  # the other has read K, and V has come
     if OF_KEYS:
-        store_chunks(call.dk, acc, call.scale, shared.k, work, work.kv_start, 0)
+        store_chunks(call.dk, acc, call.scale, shared.k, work.b, work.h_kv, work.kv_start, 0)
     else:
-        store_chunks(call.dv, acc, 1.0, shared.v, work, work.kv_start, 0)
+        store_chunks(call.dv, acc, 1.0, shared.v, work.b, work.h_kv, work.kv_start, 0)
     tma.store_wait(0)
 
 
 @gluon.jit
-def store_chunks(tensor, acc, factor, ring, work, kv_start, WARPGROUP: gl.constexpr):
-    """acc * factor is on its way to the tensor of these descriptors, by way of this consumer's load of ring."""
+def store_chunks(tensor, acc, factor, ring, b, h, start, WARPGROUP: gl.constexpr):
+    """acc * factor is on its way to rows from start on of the tensor, by way of this consumer's load of ring."""
     for c in gl.static_range(len(acc)):
         ring.tile(WARPGROUP, c).store((acc[c] * factor).to(tensor[c].dtype))
     fence_async_shared()
     column = 0
     for c in gl.static_range(len(acc)):
-        begin_store(tensor[c], [work.b, work.h_kv, kv_start, column], ring.tiles[c].index(WARPGROUP))
+        begin_store(tensor[c], [b, h, start, column], ring.tiles[c].index(WARPGROUP))
         column += acc[c].shape[1]
 
 
@@ -493,8 +493,8 @@ def differentiate(call, shared, WARPGROUP: gl.constexpr):
         meet()  # the other has read K for its last dQ
     # in the place of K and V
     kv_start = work.kv_start + WARPGROUP * ROWS
-    store_chunks(call.dk, dk, call.scale, shared.k, work, kv_start, WARPGROUP)
-    store_chunks(call.dv, dv, 1.0, shared.v, work, kv_start, WARPGROUP)
+    store_chunks(call.dk, dk, call.scale, shared.k, work.b, work.h_kv, kv_start, WARPGROUP)
+    store_chunks(call.dv, dv, 1.0, shared.v, work.b, work.h_kv, kv_start, WARPGROUP)
     tma.store_wait(0)
 
 

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from triton.experimental.gluon import language as gl
 
-from anymask.kernels.configs import HOPPER_REGISTERS, HopperBackwardConfig, HopperConfig
+from anymask.kernels.configs import HOPPER_REGISTERS, HopperBackwardConfig, HopperConfig, HopperDqConfig
 from anymask.kernels.hopper_bwd import NUM_CONSUMERS, hopper_backward_kernel
+from anymask.kernels.hopper_dq import hopper_dq_kernel
 from anymask.kernels.hopper_fwd import hopper_forward_kernel
 from anymask.kernels.hopper_rows import dq_of_sum_kernel, rows_kernel
 from anymask.kernels.plan import chunks, padded
@@ -187,7 +188,58 @@ def backward_recipe(
     )
 
 
-def dq_recipe(dq: Layout, scale: float, addressing: dict[str, Any]) -> Recipe:
+def dq_recipe(
+    q: Layout,
+    k: Layout,
+    v: Layout,
+    dout: Layout,
+    dq: Layout,
+    walk: tuple[Any, ...],
+    tile: tuple[int, int],
+    scale: float,
+    bindings: Any,
+    mask: Any,
+    score: Any,
+    score_gradient: Any,
+    config: HopperDqConfig,
+) -> Recipe:
+    """For q, k, v, dout, dq, rows, the walk's tensors, captured ones. Arguments as of forward_recipe."""
+    (_, Hq, Sq, _), (_, Hkv, Skv, _) = q.shape, k.shape
+    num_rows, num_heads = walk[3:5]
+    registers, of_roles = HOPPER_REGISTERS[NUM_CONSUMERS.value]
+    return Recipe(
+        q.device,
+        hopper_dq_kernel,
+        num_heads * num_rows * tile[0] // config.BLOCK_Q,
+        *_descriptors(q, CONSUMER_ROWS),
+        *_descriptors(k, config.BLOCK_KV),
+        *_descriptors(v, config.BLOCK_KV),
+        *_descriptors(dout, CONSUMER_ROWS),
+        *_descriptors(dq, CONSUMER_ROWS),
+        TENSOR,
+        rows_layout(q).strides[2],
+        *walk,
+        Hq,
+        Sq,
+        Skv,
+        scale,
+        bindings,
+        MASK=mask,
+        SCORE=score,
+        SCORE_GRAD=score_gradient,
+        G=Hq // Hkv,
+        BLOCK_KV=config.BLOCK_KV,
+        TILE_Q=tile[0],
+        TILE_KV=tile[1],
+        IS_EVEN_KV=Skv % tile[1] == 0,
+        STAGES=config.num_v_stages,
+        REGISTERS=of_roles,
+        num_warps=4,
+        maxnreg=registers,
+    )
+
+
+def dq_of_sum_recipe(dq: Layout, scale: float, addressing: dict[str, Any]) -> Recipe:
     """For the sum of dQ and dq."""
     B, Hq, Sq, D = dq.shape
     return Recipe(

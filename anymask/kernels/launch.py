@@ -25,7 +25,7 @@ from anymask.expr.grad import derivative
 from anymask.expr.interval import Grid
 from anymask.expr.ir import Expr
 from anymask.expr.mods import Mods
-from anymask.kernels.configs import AnyConfig, Config, HopperBackwardConfig, HopperConfig
+from anymask.kernels.configs import AnyConfig, Config, HopperBackwardConfig, HopperConfig, HopperDqConfig
 from anymask.kernels.jit import jitted
 from anymask.kernels.plan import KERNELS, Plan, Shape, is_readable_by_tma, is_walked, padded, walk_shapes
 from anymask.kernels.recipe import TENSOR, Layout, Outline, Recipe
@@ -170,7 +170,7 @@ class Prepared(NamedTuple):
         captures: tuple[Tensor, ...],
     ) -> tuple[Tensor, Tensor, Tensor]:
         """First lse and delta of each row, and a zeroed sum if the kernel of dk and dv adds dq up there; that kernel;
-        then dq from the sum, or by the portable kernel. What TMA cannot read is copied: dout may have any strides.
+        then dq from the sum, or by a kernel of its own. What TMA cannot read is copied: dout may have any strides.
         """
         given = tuple([x.stride() for x in (q, k, v)])
         q, k, v, dout = (x if is_readable_by_tma(x) else _copied(x) for x in (q, k, v, dout))
@@ -209,7 +209,11 @@ class Prepared(NamedTuple):
     ) -> tuple[tuple[Recipe, tuple[Any, ...]], ...]:
         """Recipes in the order of their launches, with their tensors or the outlines of these."""
         _, columns, lines = self.walks
-        of_dq = (*sums, dq) if sums else (q, k, v, out, dout, lse, *dlses, dq, *(lines or ()), *captures)
+        of_dq: tuple[Any, ...] = (q, k, v, out, dout, lse, *dlses, dq, *(lines or ()), *captures)
+        if sums:
+            of_dq = (*sums, dq)
+        elif isinstance(self.alike.plan.dq, HopperDqConfig):
+            of_dq = (q, k, v, dout, dq, rows, *(lines or ()), *captures)
         return (
             (recipes.rows, (out, dout, lse, *dlses, rows, *sums)),
             (recipes.dkdv, (q, k, v, dout, rows, *sums, dk, dv, *(columns or ()), *captures)),
@@ -532,7 +536,7 @@ class HopperRecipes(NamedTuple):
 
     rows: Recipe  # out, dout, lse, dlse if there is one, rows, the sum of dQ if there is one
     dkdv: Recipe  # q, k, v, dout, rows, that sum, dk, dv, the walk's tensors, captured ones
-    dq: Recipe  # that sum and dq; or as _dq_recipe without rows
+    dq: Recipe  # that sum and dq; or as hopper_launch.dq_recipe; or as _dq_recipe without rows
     made: list[tuple[Sizes, Strides]]  # dq, dk, dv
     of_rows: tuple[Sizes, Strides]
     of_sum: Sizes | None
@@ -578,7 +582,9 @@ def _hopper_backward_recipes(
     of_rows = _addressing(out.strides, dout.strides)
     rows_recipe = hopper_launch.rows_recipe(out, dout, rows, D, has_dlse, config.is_fused, of_rows)
     if config.is_fused:
-        dq = hopper_launch.dq_recipe(made[0], scale, _addressing(made[0].strides))
+        dq = hopper_launch.dq_of_sum_recipe(made[0], scale, _addressing(made[0].strides))
+    elif isinstance(plan.dq, HopperDqConfig):
+        dq = _hopper_dq_recipe(alike, q, k, v, dout, made[0], bindings, wide)
     else:
         overhang = _overhang(Sq % lines_tile[0], Skv % lines_tile[1])
         mask, score, score_gradient = _functions(alike.mods, wide, plan.is_ptx, overhang, has_gradient=True)
@@ -594,6 +600,30 @@ def _hopper_backward_recipes(
         dq = _dq_recipe(alike, strides, made[0].strides, bindings, has_dlse, None, shared)
     of_sum = tuple(q.shape) if config.is_fused else None
     return HopperRecipes(rows_recipe, dkdv, dq, [x[:2] for x in made], rows[:2], of_sum)
+
+
+def _hopper_dq_recipe(
+    alike: Likeness, q: Layout, k: Layout, v: Layout, dout: Layout, dq: Layout, bindings: Any, wide: frozenset[int]
+) -> Recipe:
+    """As hopper_launch.dq_recipe."""
+    from anymask.kernels import hopper_launch
+
+    plan = alike.plan
+    config = plan.dq
+    assert isinstance(config, HopperDqConfig), "a plan of another backend"
+    B, Hq, Sq, D = q.shape
+    Hkv, Skv, Dv = v.shape[1:]
+    maps = alike.maps_of("dq")
+    tile = config.BLOCK_Q, config.BLOCK_KV
+    if maps is not None:
+        tile, _ = walk_shapes(plan, alike.tile)[2]
+    # as in the forward: rows past the end are not stored, and keys past the end hidden
+    overhang = _overhang(Sq % tile[0], Skv % tile[1])
+    mask, score, score_gradient = _functions(alike.mods, wide, plan.is_ptx, overhang, True, "kv_idx")
+    head_bytes = Skv * (D + Dv) * q.dtype.itemsize
+    walk = _walk_arguments(maps, _ceil(Skv, tile[1]), _ceil(Sq, tile[0]), B * Hq, Hq // Hkv, head_bytes, plan)
+    functions = (None if maps is None else mask, score, score_gradient)
+    return hopper_launch.dq_recipe(q, k, v, dout, dq, walk, tile, alike.scale, bindings, *functions, config)
 
 
 def walks(blocks: BlockMap, plan: Plan, has_mask: bool = True) -> dict[str, tuple[Walk | None, tuple[int, int]]]:

@@ -25,9 +25,11 @@ from anymask.kernels.configs import (
     Config,
     HopperBackwardConfig,
     HopperConfig,
+    HopperDqConfig,
     hopper_backward_config,
     hopper_backward_default,
     hopper_config,
+    hopper_dq_config,
     lookup,
     packed_heads,
 )
@@ -42,7 +44,7 @@ class Plan:
     """What launch obeys. All but backend, arch and why are for Triton.
 
     backend: "gluon" where the forward is the Hopper kernel.  dkdv: of the Hopper kernel where that computes dK and dV;
-    dq is None where it computes dQ too.
+    dq is None where it computes dQ too.  dq: of the Hopper kernel beside that of dK and dV.
     precision: of float32 products, "ieee" or "tf32".  shared_bytes: heads run together while what their programs read
     in common stays below this.
     """
@@ -51,7 +53,7 @@ class Plan:
     arch: str = ""
     forward: Config | HopperConfig | None = None
     dkdv: Config | HopperBackwardConfig | None = None
-    dq: Config | None = None
+    dq: Config | HopperDqConfig | None = None
     precision: str = "ieee"
     shared_bytes: int = 0
     why: str = ""
@@ -98,7 +100,9 @@ def choose(
 
     backend: None for the best that can do it.  config: by kernel ("forward", "dkdv", "dq") a Config, or some of its
     fields by name, instead of the row's; for the forward of "gluon" those of HopperConfig; for "dkdv" those of
-    HopperBackwardConfig, is_fused among them, ask for the Hopper kernel. Both are obeyed or raise UnsupportedError.
+    HopperBackwardConfig, is_fused among them, ask for the Hopper kernel; then for "dq" those of HopperDqConfig,
+    num_v_stages among them, for the Hopper one, any others for the portable one. All are obeyed or raise
+    UnsupportedError.
     deterministic: every kernel is but the Hopper backward where is_fused, which is taken without.  tma_obstacle: what
     keeps TMA from reading q, k and v (see tma_obstacle_of).  has_maps_by_head: heads do not share one map.
     """
@@ -122,7 +126,7 @@ def choose(
         why_no_gluon = why_no_hopper = "backend='triton'"
     hopper = hopper_backward = None
     if not (obstacle or why_no_gluon):
-        hopper = hopper_config(problem.D, problem.Dv, problem.Skv, tile[0], _kinds(mods))
+        hopper = hopper_config(problem.D, problem.Dv, problem.Skv, tile[0], kinds_of(mods))
         heads = 1 if has_maps_by_head else packed_heads(problem.G, problem.Sq)
         if heads > 1:
             packed = next(packed for max_D, packed in HOPPER_PACKED.items() if max_D >= max(problem.D, problem.Dv))
@@ -150,10 +154,12 @@ def choose(
         return plan
     need = Need.of(problem.D, problem.Dv, problem.dtype, mods, family_of(arch))
     wanted: dict[str, Any] = {}
-    for kernel in config:
+    for kernel in (kernel for kernel in KERNELS if kernel in config):
         default = getattr(plan, kernel)
         if kernel == "dkdv" and _is_hopper_backward(config[kernel]):
-            wanted |= _hopper_backward(config, why_no_hopper, deterministic, problem.D, problem.Dv)
+            wanted |= _hopper_backward(config, why_no_hopper, deterministic, problem.D, problem.Dv, mods)
+        elif kernel == "dq" and _is_hopper_dq(config[kernel]):
+            wanted[kernel] = _hopper_dq(config, problem.D, problem.Dv, mods)
         elif isinstance(default, HopperConfig):
             wanted[kernel] = _override_hopper(default, config[kernel], tile, problem, has_maps_by_head)
         else:
@@ -163,7 +169,7 @@ def choose(
     return replace(plan, why=f"{plan.why}; config= sets {says}")
 
 
-def _kinds(mods: Mods) -> frozenset[str]:
+def kinds_of(mods: Mods) -> frozenset[str]:
     """What a HopperRow may be for only."""
     is_regular = not (mods.is_ragged or mods.has_score)
     kinds = {
@@ -202,10 +208,8 @@ def _tuned(
         backend, chosen["forward"] = "gluon", hopper
         runs = "gluon forward and triton backward"
     if hopper_backward:
-        chosen["dkdv"] = hopper_backward
-        runs = "gluon" if hopper_backward.is_fused else "gluon, but dq triton,"
-        if hopper_backward.is_fused:
-            chosen["dq"] = None
+        runs = "gluon"
+        chosen |= _with_dq(hopper_backward, D, Dv, mods)
     says = "; ".join(f"{kernel} {chosen[kernel]}" for kernel in KERNELS if chosen[kernel])
     works = " with a score function" if mods.has_score else ""
     why = f"{runs} on {arch}, {arithmetic}, D {D}, Dv {Dv}{works}: {says}"
@@ -456,12 +460,19 @@ def hopper_backward_shared_memory(config: HopperBackwardConfig, D: int, Dv: int)
     return 2 * (block_kv + config.num_stages * block_q) * (D + Dv) + config.num_stages * 8 * block_q + fused + 1024
 
 
+def hopper_dq_shared_memory(config: HopperDqConfig, D: int, Dv: int) -> int:
+    """Bytes of shared memory that the Hopper dQ needs at most: Q and dO, stages of V, of K one more."""
+    D, Dv = sum(chunks(D)), sum(chunks(Dv))
+    stages = config.BLOCK_KV * (config.num_v_stages * (D + Dv) + D)
+    return 2 * (config.BLOCK_Q * (D + Dv) + stages) + 1024
+
+
 def _is_hopper_backward(wanted: Any) -> bool:
     return isinstance(wanted, HopperBackwardConfig) or (isinstance(wanted, Mapping) and "is_fused" in wanted)
 
 
 def _hopper_backward(
-    config: Mapping[str, Any], why_not: str | None, deterministic: bool | None, D: int, Dv: int
+    config: Mapping[str, Any], why_not: str | None, deterministic: bool | None, D: int, Dv: int, mods: Mods
 ) -> dict[str, Any]:
     """What the user's config["dkdv"] makes of the plan, checked. why_not: why no Hopper kernel can run."""
     wanted = config["dkdv"]
@@ -497,7 +508,40 @@ def _hopper_backward(
         raise UnsupportedError(
             f"config['dkdv']: {chosen} takes {size} bytes of shared memory of {limit}. Try other num_stages"
         )
-    return {"dkdv": chosen, "dq": None} if chosen.is_fused else {"dkdv": chosen}
+    return {"dkdv": chosen} if "dq" in config else _with_dq(chosen, D, Dv, mods)
+
+
+def _with_dq(backward: HopperBackwardConfig, D: int, Dv: int, mods: Mods) -> dict[str, Any]:
+    """The configs of dK and dV, and of dQ beside them, None where they are fused."""
+    return {"dkdv": backward, "dq": None if backward.is_fused else hopper_dq_config(D, Dv, kinds_of(mods))}
+
+
+def _is_hopper_dq(wanted: Any) -> bool:
+    return isinstance(wanted, HopperDqConfig) or (isinstance(wanted, Mapping) and "num_v_stages" in wanted)
+
+
+def _hopper_dq(config: Mapping[str, Any], D: int, Dv: int, mods: Mods) -> HopperDqConfig:
+    """The user's config["dq"] of the Hopper kernel, checked; that of config["dkdv"] is checked by itself."""
+    wanted = config["dq"]
+    if not _is_hopper_backward(config.get("dkdv")):
+        raise UnsupportedError(
+            f"config['dq'] = {wanted} asks for the Gluon dq, which goes with the Gluon backward: add 'dkdv': "
+            "{'is_fused': False}"
+        )
+    try:
+        default = hopper_dq_config(D, Dv, kinds_of(mods))
+        chosen = wanted if isinstance(wanted, HopperDqConfig) else replace(default, **wanted)
+    except TypeError:
+        raise UnsupportedError(
+            f"config['dq'] = {wanted} should name BLOCK_KV and num_v_stages of the Gluon dq"
+        ) from None
+    size, limit = hopper_dq_shared_memory(chosen, D, Dv), SHARED_LIMITS["sm_90"]
+    if chosen.BLOCK_KV not in (64, 128) or chosen.num_v_stages < 1 or size > limit:
+        raise UnsupportedError(
+            f"config['dq']: the Gluon dq takes BLOCK_KV 64 or 128, num_v_stages from 1 on and {limit} bytes of shared "
+            f"memory: {chosen} would take {size}"
+        )
+    return chosen
 
 
 def _override(kernel: str, default: Config, wanted: Any, need: Need) -> Config:

@@ -50,7 +50,7 @@ def test_rows(is_fused: bool, has_dlse: bool, D: int, Dv: int) -> None:
 def test_dq_of_its_sum(D: int) -> None:
     B, Hq, Sq = 2, 3, 70
     sums, dq = torch.randn(B, Hq, Sq, D), torch.full((B, Sq, Hq, D), NAN, dtype=torch.float16).transpose(1, 2)
-    hopper_launch.dq_recipe(Layout.of(dq), 0.5, {"ALIGN": 8, "WIDE": False})(sums, dq)
+    hopper_launch.dq_of_sum_recipe(Layout.of(dq), 0.5, {"ALIGN": 8, "WIDE": False})(sums, dq)
     assert torch.equal(dq, (sums * 0.5).half())
 
 
@@ -70,11 +70,13 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     return noted
 
 
-def backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Any, is_fused: bool) -> tuple[Tensor, ...]:
+def backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Any, is_fused: bool, **of_dq: Any
+) -> tuple[Tensor, ...]:
     program = trace(mask, None, q.device)
     mods = Mods.of(text_of(program.mask, program.score), program.bindings.ints, program.bindings.floats)
     problem = Problem.of(q, k, v)
-    chosen = plan.choose(problem, mods, (64, 64), arch="sm_90", config={"dkdv": {"is_fused": is_fused}})
+    chosen = plan.choose(problem, mods, (64, 64), arch="sm_90", config={"dkdv": {"is_fused": is_fused}, **of_dq})
     blocks = block_map(mask, problem.B, problem.Hq, problem.Sq, problem.Skv, device="cpu", tile=64)
     out, lse = torch.empty_like(dout), torch.empty(*q.shape[:3])
     prepared = launch.prepare(q, k, v, mods, program.bindings, blocks, chosen, 0.125)
@@ -82,12 +84,13 @@ def backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Any, is_fused:
 
 
 @pytest.mark.parametrize("mask", [None, causal(), document(torch.zeros(90, dtype=torch.int32))], ids=str)
-@pytest.mark.parametrize("is_fused", [False, True])
-def test_what_is_started(launches: list[Launch], is_fused: bool, mask: Any) -> None:
+@pytest.mark.parametrize("is_fused, of_dq", [(False, {}), (False, {"dq": {"BLOCK_Q": 64}}), (True, {})], ids=str)
+def test_what_is_started(launches: list[Launch], is_fused: bool, of_dq: dict[str, Any], mask: Any) -> None:
     q, k, v, *_ = (x.detach() for x in inputs(2, 4, 2, 90, 80, 64, 128, torch.float16))
     dout = torch.randn(2, 4, 90, 128).half()
-    gradients = backward(dout, q, k, v, mask, is_fused)
-    names = ["rows_kernel", "hopper_backward_kernel", "dq_of_sum_kernel" if is_fused else "dq_kernel"]
+    gradients = backward(dout, q, k, v, mask, is_fused, **of_dq)
+    last = "dq_of_sum_kernel" if is_fused else "dq_kernel" if of_dq else "hopper_dq_kernel"
+    names = ["rows_kernel", "hopper_backward_kernel", last]
     assert [name for name, _ in launches if not name.startswith(("walk", "order"))] == names
     assert (len(launches) > 3) == (mask is not None)  # only a mask is walked
     (_, first), (_, second), (_, third) = launches[-3:]
@@ -105,8 +108,11 @@ def test_what_is_started(launches: list[Launch], is_fused: bool, mask: Any) -> N
         sums = second[5]
         assert sums is first[4] and sums is third[0] and third[1] is gradients[0]
         assert sums.dtype == torch.float32 and sums.shape == q.shape and sums.is_contiguous()
-    else:
+    elif of_dq:
         assert third[6] is gradients[0]
+    else:
+        assert all(a is b for a, b in zip(third[:6], (q, k, v, dout, gradients[0], rows), strict=True))
+        assert len(third) == 6 + num_walk + num_captures
 
 
 @pytest.mark.parametrize(

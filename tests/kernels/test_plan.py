@@ -24,6 +24,8 @@ from anymask.kernels.configs import (
     Config,
     HopperBackwardConfig,
     HopperConfig,
+    HopperDqConfig,
+    hopper_dq_config,
 )
 from anymask.kernels.plan import (
     KERNELS,
@@ -34,6 +36,7 @@ from anymask.kernels.plan import (
     default_tile,
     family_of,
     hopper_backward_shared_memory,
+    hopper_dq_shared_memory,
     hopper_shared_memory,
     padded,
     shared_memory,
@@ -164,6 +167,13 @@ def test_why_says_what_was_chosen() -> None:
         ({"config": {"dkdv": {"is_fused": True, "num_stages": 0}}}, "other num_stages"),
         ({"config": {"dkdv": {"is_fused": True}, "dq": {"BLOCK_Q": 64}}}, "dq too"),
         ({"deterministic": True, "config": {"dkdv": {"is_fused": True}}}, "Try is_fused=False"),
+        ({"config": {"dq": {"num_v_stages": 1}}}, "goes with the Gluon backward"),
+        (
+            {"config": {"dq": {"num_v_stages": 1, "BLOCK_Q": 64}, "dkdv": {"is_fused": False}}},
+            "should name BLOCK_KV and",
+        ),
+        ({"config": {"dq": HopperDqConfig(128, 3), "dkdv": {"is_fused": False}}}, "would take 295936"),
+        ({"config": {"dq": HopperDqConfig(32, 3), "dkdv": {"is_fused": False}}}, "BLOCK_KV 64 or 128"),
         ({"backend": "eager", "config": {"forward": {"BLOCK_Q": 64}}}, "Triton kernels"),
         ({"config": {"backward": {"BLOCK_Q": 64}}}, "forward, dkdv, dq"),
         ({"config": {"forward": {"BLOCK_M": 64}}}, "BLOCK_Q, BLOCK_KV"),
@@ -265,15 +275,34 @@ def test_the_hopper_backward_is_taken_where_config_asks_for_it(is_given_as_objec
         fused, apart = plan(True, **arguments), plan(False, **arguments, deterministic=True)
         assert fused.forward == apart.forward == portable.forward
         assert isinstance(fused.dkdv, HopperBackwardConfig) and fused.dkdv.is_fused and fused.dq is None
-        assert isinstance(apart.dkdv, HopperBackwardConfig) and not apart.dkdv.is_fused and apart.dq == portable.dq
+        assert (
+            isinstance(apart.dkdv, HopperBackwardConfig)
+            and not apart.dkdv.is_fused
+            and apart.dq == HopperDqConfig(64, 3)
+        )
         assert "config= sets dkdv 64x128 and dq in Gluon" in fused.why and "dkdv 64x128 in Gluon" in apart.why
+        assert f"dq {apart.dq}" in apart.why and "dq 128x64 in Gluon" in apart.why
         assert walk_shapes(fused, (64, 64))[1:] == (((64, 128), True),) * 2
-        assert walk_shapes(apart, (64, 64))[1] == ((64, 128), True) and not walk_shapes(apart, (64, 64))[2][1]
+        assert walk_shapes(apart, (64, 64))[1:] == (((64, 128), True), ((128, 64), False))
     assert walk_shapes(plan(True, (256, 256)), (256, 256))[1] == ((256, 256), True)
     # where the map's tiles are too small for the forward, which is portable then
     assert isinstance(plan(True, (16, 32)).forward, Config) and plan(True, (16, 32)).dkdv == fused.dkdv
     held = choose(problem(64), HEAVY, (64, 64), arch="sm_90", config={"dkdv": {"is_fused": True, "is_held": True}})
     assert isinstance(held.dkdv, HopperBackwardConfig) and held.dkdv.is_held and "K and V held" in held.why
+
+
+def test_dq_has_a_config_of_its_own_where_it_is_apart() -> None:
+    def dq(wanted: Any, mods: Mods = NONE) -> Config | HopperDqConfig | None:
+        config = {"dq": wanted, "dkdv": {"is_fused": False}}
+        plan = choose(problem(128), mods, (64, 64), arch="sm_90", config=config)
+        assert isinstance(plan.dkdv, HopperBackwardConfig) and f"dq {plan.dq}" in plan.why
+        return plan.dq
+
+    assert dq(HopperDqConfig(64, 2)) == dq({"BLOCK_KV": 64, "num_v_stages": 2}) == HopperDqConfig(64, 2)
+    assert dq({"num_v_stages": 1}) == HopperDqConfig(128, 1) and dq({"num_v_stages": 1}, HEAVY) == HopperDqConfig(64, 1)
+    assert isinstance(dq({"BLOCK_KV": 64}), Config) and isinstance(dq({}), Config)
+    by_kinds = [hopper_dq_config(128, 64, frozenset(kinds)) for kinds in (("regular", "dense"), ("ragged",), ())]
+    assert [config.BLOCK_KV for config in by_kinds] == [128, 64, 64]
 
 
 def test_the_faster_backward_is_taken() -> None:
@@ -286,10 +315,9 @@ def test_the_faster_backward_is_taken() -> None:
         assert isinstance(chosen.dkdv, HopperBackwardConfig) and chosen.dkdv.is_fused and chosen.dq is None
         assert chosen.dkdv.is_held == (D == Dv == 64) and chosen.why.startswith("gluon on sm_90")
     for apart in (plan(128, 100, deterministic=True), plan(192, 100, 128), plan(256, 100, deterministic=True)):
-        assert isinstance(apart.dkdv, HopperBackwardConfig) and not apart.dkdv.is_fused and isinstance(apart.dq, Config)
-        assert apart.dkdv.is_split == (apart.dkdv.BLOCK_KV == 64) and apart.why.startswith(
-            "gluon, but dq triton, on sm_90"
-        )
+        assert isinstance(apart.dkdv, HopperBackwardConfig) and not apart.dkdv.is_fused
+        assert isinstance(apart.dq, HopperDqConfig) and apart.dkdv.is_split == (apart.dkdv.BLOCK_KV == 64)
+        assert apart.why.startswith("gluon on sm_90") and f"dq {apart.dq}" in apart.why
     for portable in (
         plan(64, 1000),
         plan(64, 2048, deterministic=True),
@@ -355,6 +383,8 @@ def test_hopper_rows_fit() -> None:
         config = choose(problem(D, Dv), NONE, (64, 64), arch="sm_90", backend="gluon").forward
         assert isinstance(config, HopperConfig)
         assert hopper_shared_memory(config, D, Dv) <= SHARED_LIMITS["sm_90"]
+        for kinds in (frozenset(("regular",)), frozenset[str]()):
+            assert hopper_dq_shared_memory(hopper_dq_config(D, Dv, kinds), D, Dv) <= SHARED_LIMITS["sm_90"]
     for D, Dv in itertools.product(range(8, 257, 8), repeat=2):
         config = {"dkdv": {"is_fused": max(D, Dv) <= 128}}
         backward = choose(problem(D, Dv), NONE, (64, 64), arch="sm_90", backend="gluon", config=config).dkdv
