@@ -12,9 +12,9 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from anymask.kernels.functions import near
 from anymask.kernels.hopper_bwd import NUM_CONSUMERS, ROWS, copies, product_of_columns, products_of_rows, store_chunks
-from anymask.kernels.hopper_chunks import accumulators, bytes_of, chunks_of, finished
-from anymask.kernels.hopper_fwd import indices, row_of
-from anymask.kernels.hopper_pipeline import Ring
+from anymask.kernels.hopper_chunks import accumulators, chunks_of, finished
+from anymask.kernels.hopper_fwd import indices, row_from, row_of, walks_of
+from anymask.kernels.hopper_pipeline import Ring, read_number, write_number
 from anymask.kernels.record import record
 from anymask.kernels.tile import hidden, log2_probability
 
@@ -45,6 +45,7 @@ class Call:
     SCORE: gl.constexpr
     SCORE_GRAD: gl.constexpr
     G: gl.constexpr
+    HEADS: gl.constexpr  # 1, see hopper_fwd.py
     BLOCK_Q: gl.constexpr
     BLOCK_KV: gl.constexpr
     TILE_Q: gl.constexpr
@@ -72,8 +73,9 @@ class Shared:
 @gluon.jit
 def load_tiles(call, shared):
     """Role of one warp: load what the consumers read. The walk is a step ahead of the loads."""
-    row = row_of(call, gl.program_id(0), 0)
+    row = row_from(row_of(call, gl.program_id(0)), 0)
     kv_head = row.h // call.G
+    masked, full = walks_of(call, row)
     for consumer in gl.static_range(NUM_CONSUMERS):
         shared.q.load(consumer, call.q, row.b, row.h, row.q_start + consumer * ROWS)
     for consumer in gl.static_range(NUM_CONSUMERS):
@@ -81,20 +83,18 @@ def load_tiles(call, shared):
     i = 0
     for IS_FULL in gl.static_range(2):
         if IS_FULL:
-            tiles = row.full
+            tiles = full
             num_steps = row.num_full
         else:
-            tiles = row.masked
+            tiles = masked
             num_steps = row.num_masked
         for step in range(num_steps):
             kv_start = tiles.start(step)
             tiles = tiles.after(step)
-            full = shared.k.begin(i, bytes_of(call.k))
-            # so consumers need no walk; the barrier of v, whose load begins after this, tells them of it
-            of_one_warp: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-            number = gl.full([1], kv_start // call.BLOCK_KV, gl.int32, of_one_warp)
-            shared.tiles.index(i % shared.k.STAGES).store(number)
-            shared.k.fill(i, call.k, row.b, kv_head, kv_start, full)
+            # so consumers need no walk; the barrier of K tells them of it
+            shared.k.wait_empty(i)
+            write_number(shared.tiles.index(i % shared.k.STAGES), kv_start // call.BLOCK_KV)
+            shared.k.load(i, call.k, row.b, kv_head, kv_start)
             shared.v.load(i, call.v, row.b, kv_head, kv_start)
             i += 1
 
@@ -146,17 +146,16 @@ def gradient_step(i, dq, lse_log2, less_delta, call, row, shared, IS_MASKED: gl.
     shared.v.wait(i)
     dp = product_of_columns(dout, v, less_delta, True)
     # as a multiple of BLOCK_KV, so that the compiler sees that captured vectors may be read two numbers at a time
-    of_a_warpgroup: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    kv_start = gl.max(shared.tiles.index(i % shared.k.STAGES).load(of_a_warpgroup), 0) * BLOCK_KV
+    kv_start = read_number(shared.tiles.index(i % shared.k.STAGES), 4) * BLOCK_KV
     s = warpgroup_mma_wait(len(v), deps=[s])
     # P    [ROWS, BLOCK_KV] f32
-    q_idx, kv_idx = indices(row, kv_start, s)
-    p = log2_probability(s, lse_log2, row.b, row.h, q_idx, kv_idx, call.scale, call.bindings, call.SCORE)
+    h, q_idx, kv_idx = indices(call, row, kv_start, s)
+    p = log2_probability(s, lse_log2, row.b, h, q_idx, kv_idx, call.scale, call.bindings, call.SCORE)
     p = gl.exp2(shown(p, float("-inf"), call, row, q_idx, kv_idx, IS_MASKED))
     # dS = P * dT/dS * (dP - delta)    [ROWS, BLOCK_KV] f32. In this order S is done with before dP
     if call.SCORE_GRAD is not None:
         bindings = call.bindings
-        p *= call.SCORE_GRAD(s * call.scale, row.b, row.h, q_idx, kv_idx, bindings[0], bindings[1], bindings[2])
+        p *= call.SCORE_GRAD(s * call.scale, row.b, h, q_idx, kv_idx, bindings[0], bindings[1], bindings[2])
         p = shown(p, 0.0, call, row, q_idx, kv_idx, IS_MASKED)
     # K has come, but ptxas moves nothing past this: else it waits for dP before most of the exponentials
     shared.k.wait(i)
@@ -173,7 +172,7 @@ def differentiate(call, shared, WARPGROUP: gl.constexpr):
     """Role of a warpgroup: dq of ROWS queries."""
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, call.BLOCK_KV, 16])
     MAY_HIDE: gl.constexpr = call.MASK is not None or not call.IS_EVEN_KV
-    row = row_of(call, gl.program_id(0), WARPGROUP * ROWS)
+    row = row_from(row_of(call, gl.program_id(0)), WARPGROUP * ROWS)
     lse_log2 = row_vector(call, row, 0, S_LAYOUT)
     less_delta = row_vector(call, row, 1, S_LAYOUT)
     dq = accumulators(call.dq)
@@ -265,6 +264,7 @@ def hopper_dq_kernel(
         SCORE,
         SCORE_GRAD,
         G,
+        1,
         NUM_CONSUMERS * ROWS,
         BLOCK_KV,
         TILE_Q,

@@ -167,10 +167,15 @@ def row_of(call, number):
 
 
 @gluon.jit
+def row_from(fields, OFFSET: gl.constexpr):
+    """From query OFFSET of its tile on."""
+    return Row(fields[0], fields[1], fields[2] + OFFSET, fields[3], fields[4], fields[5])
+
+
+@gluon.jit
 def taken_row(rings, n, OFFSET: gl.constexpr, NUM_WARPS: gl.constexpr):
     """Row number n of this program, from query OFFSET of its tile on."""
-    fields = rings.rows.take(n, NUM_WARPS)
-    return Row(fields[0], fields[1], fields[2] + OFFSET, fields[3], fields[4], fields[5])
+    return row_from(rings.rows.take(n, NUM_WARPS), OFFSET)
 
 
 # --- the producer ---
