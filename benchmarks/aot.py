@@ -72,8 +72,13 @@ TARGETS = {
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 KERNELS = ("forward", "dkdv", "dq", "classify", "walk", "order")
-# Only where plan.py has one. hopper_backward: with dQ in it, after rows and before dq_of_sum; hopper_dkdv: without.
-HOPPER_KERNELS = ("hopper_forward", "rows", "hopper_backward", "dq_of_sum", "hopper_dkdv")
+# Only where plan.py has one. hopper_backward: with dQ in it, after rows and before dq_of_sum; and its variants.
+HOPPER_KERNELS = ("hopper_forward", "rows", "hopper_backward", "dq_of_sum", "hopper_dkdv", "hopper_lone")
+HOPPER_BACKWARDS: dict[str, dict[str, Any]] = {
+    "hopper_dkdv": {"is_fused": False},
+    "hopper_lone": {"is_fused": True, "num_consumers": 1},
+    "hopper_backward": {"is_fused": True},
+}
 TWO = {"BLOCK_Q": 128, "BLOCK_KV": 128, "num_stages": 2, "has_turns": True}
 THREE = TWO | {"BLOCK_Q": 192, "num_stages": 3, "has_turns": False}
 # head dims and configs that the plan does not choose, or not for all masks
@@ -84,7 +89,7 @@ HOPPER_VARIANTS: tuple[tuple[int, tuple[tuple[str, Any], ...]], ...] = (
 )
 # Bytes. dK and dV of head dim 128 take 128 registers a thread: of what is left, masked and scored steps keep some
 # addresses in memory, which they read once a step.
-SPILL_LIMITS = {"hopper_backward": 128, "hopper_dkdv": 128}
+SPILL_LIMITS = dict.fromkeys(HOPPER_BACKWARDS, 128)
 
 
 @dataclass(frozen=True)
@@ -172,7 +177,7 @@ def sample_jobs() -> Iterator[Job]:
     yield Job("tree", "", "bf16", 64, 64, "sm_90", kernels=HOPPER_KERNELS)
     persistent = HOPPER_VARIANTS[0][1]
     yield Job("documents_causal", "", "bf16", 128, 128, "sm_90", kernels=("hopper_forward",), hopper=persistent)
-    yield Job("causal_top_left", "capped", "bf16", 128, 128, "sm_90", kernels=("hopper_backward", "hopper_dkdv"))
+    yield Job("causal_top_left", "capped", "bf16", 128, 128, "sm_90", kernels=tuple(HOPPER_BACKWARDS))
     yield Job("block_diffusion", "capped_and_biased", "f16", 64, 64, "sm_80", Sq=1000)
     yield Job("bit_table", "", "bf16", 256, 256, "sm_90", kernels=("forward", "dkdv"))
     yield Job("tree", "", "f32", 64, 64, "sm_90", kernels=("forward",))
@@ -206,8 +211,8 @@ def compile_job(job: Job) -> list[Row]:
             config = {"forward": dict(job.hopper)} if job.hopper else None
             gluon_plan = choose(problem, mods, tile, arch=job.arch, backend="gluon", config=config)
             launch.forward(q, k, v, mods, bindings, blocks, gluon_plan, 0.125)
-            for name, is_fused in (("hopper_dkdv", False), ("hopper_backward", True)):
-                hopper_config = {"dkdv": {"is_fused": is_fused}}
+            for name, wanted in HOPPER_BACKWARDS.items():
+                hopper_config = {"dkdv": wanted}
                 hopper_plans[name] = choose(problem, mods, tile, arch=job.arch, backend="gluon", config=hopper_config)
                 dq_calls = recorder.calls["dq"]  # of the portable plan, which are the job's
                 launch.backward(dout, None, q, k, v, out, lse, mods, bindings, blocks, hopper_plans[name], 0.125)
@@ -234,8 +239,8 @@ class Recorder:
 
     def __init__(self) -> None:
         self.kernels = {name: getattr(launch, f"{name}_kernel") for name in KERNELS}
-        # hopper_dkdv is another variant of hopper_backward
-        names = [name for name in HOPPER_KERNELS if name != "hopper_dkdv"]
+        # the others are variants of hopper_backward
+        names = [name for name in HOPPER_KERNELS if name not in HOPPER_BACKWARDS or name == "hopper_backward"]
         self.kernels |= {name: getattr(hopper_launch, f"{name}_kernel") for name in names}
         self.calls: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {}
 

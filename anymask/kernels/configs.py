@@ -50,22 +50,37 @@ class HopperConfig:
 
 @dataclass(frozen=True)
 class HopperBackwardConfig:
-    """Of the Hopper dK/dV kernel: two warpgroups of 64 keys each. num_stages: tiles of queries in shared memory.
+    """Of the Hopper dK/dV kernel: 64 keys for each consumer warpgroup. num_stages: tiles of Q in shared memory.
 
     is_fused: it adds up dQ too, in whatever order its programs come. Else dQ is left to the portable kernel.
     is_held: K and V of head dim 64 stay in registers: fewer reads of shared memory for 32 instructions a step.
+    num_consumers: 2, or 1, of which a multiprocessor runs two programs at a time where they fit.
     """
 
     num_stages: int
     is_fused: bool
     is_held: bool = False
+    num_consumers: int = 2
 
     BLOCK_Q: ClassVar[int] = 64
-    BLOCK_KV: ClassVar[int] = 128
+
+    @property
+    def BLOCK_KV(self) -> int:
+        return 64 * self.num_consumers
+
+    @property
+    def num_dout_stages(self) -> int:
+        """Tiles of dO: fewer for one consumer and dQ, to fit twice. A step needs dO later than Q, and not as long."""
+        return max(1, self.num_stages - (self.num_consumers == 1 and self.is_fused))
+
+    def num_parts(self, D: int) -> int:
+        """Parts of the columns of dQ: a consumer has one at a time, and registers for 64 columns."""
+        return 2 if self.num_consumers == 2 or D > 64 else 1
 
     def __str__(self) -> str:
         fused, held = " and dq" * self.is_fused, ", K and V held" * self.is_held
-        return f"{self.BLOCK_Q}x{self.BLOCK_KV}{fused} in Gluon, 2 warpgroups{held}, {self.num_stages} stages"
+        warpgroups = f"{self.num_consumers} warpgroup" + "s" * (self.num_consumers > 1)
+        return f"{self.BLOCK_Q}x{self.BLOCK_KV}{fused} in Gluon, {warpgroups}{held}, {self.num_stages} stages"
 
 
 AnyConfig = Config | HopperConfig | HopperBackwardConfig
@@ -233,9 +248,13 @@ HOPPER_BACKWARD_STAGES = {64: 3, 128: 2}
 
 @dataclass(frozen=True)
 class HopperBackwardRow:
+    """only: as of HopperRow."""
+
     D: int  # and Dv
     backward: HopperBackwardConfig
     min_length: int = 0  # of queries and of keys
+    only: str = ""
+    max_Skv: int = 1 << 62
 
 
 # H200, bf16, 16,384 tokens in all, 2026-11-22. TFLOP/s, no mask / causal, all kernels of a backward; the portable ones.
@@ -243,6 +262,9 @@ HOPPER_BACKWARD_ROWS = (
     # S 16384 447 / 442, 8192 442 / 422, 2048 397 / 335, 1024 348 / 260, 512 281 / 178, not held 412 / 417, 405 / 399;
     # 390 / 368, 383 / 357, 365 / 309, 358 / 251, 303 / 175
     HopperBackwardRow(64, HopperBackwardConfig(3, is_fused=True, is_held=True), 2048),
+    # compiled, not measured, and where it ends is the forward's: 32k tokens in 256 documents are to take 157, two
+    # consumers 92
+    HopperBackwardRow(128, HopperBackwardConfig(2, is_fused=True, num_consumers=1), only="segmented", max_Skv=32768),
     # S 16384 600 / 552, 8192 548 / 533, 2048 500 / 413, 512 347 / 223, three stages 545 / 553; 420 / 405, 413 / 401,
     # 386 / 342, 280 / 192
     HopperBackwardRow(128, HopperBackwardConfig(2, is_fused=True)),
@@ -251,10 +273,18 @@ HOPPER_BACKWARD_ROWS = (
 )
 
 
-def hopper_backward_config(D: int, Dv: int, length: int, is_fused: bool) -> HopperBackwardConfig | None:
-    """The backward's for so many queries and keys at least; None where the portable one is faster, or not compared."""
+def hopper_backward_config(
+    D: int, Dv: int, length: int, Skv: int, is_fused: bool, kinds: frozenset[str]
+) -> HopperBackwardConfig | None:
+    """The backward's for length queries and keys at least; None where the portable one is faster, or not compared."""
     for row in HOPPER_BACKWARD_ROWS:
-        if row.D == D == Dv and length >= row.min_length and row.backward.is_fused == is_fused:
+        if (
+            row.D == D == Dv
+            and length >= row.min_length
+            and Skv <= row.max_Skv
+            and row.backward.is_fused == is_fused
+            and (not row.only or row.only in kinds)
+        ):
             return row.backward
     return None
 

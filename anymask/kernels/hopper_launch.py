@@ -12,7 +12,7 @@ import torch
 from triton.experimental.gluon import language as gl
 
 from anymask.kernels.configs import HOPPER_REGISTERS, HopperBackwardConfig, HopperConfig
-from anymask.kernels.hopper_bwd import NUM_CONSUMERS, hopper_backward_kernel
+from anymask.kernels.hopper_bwd import hopper_backward_kernel
 from anymask.kernels.hopper_fwd import hopper_forward_kernel
 from anymask.kernels.hopper_rows import dq_of_sum_kernel, rows_kernel
 from anymask.kernels.plan import chunks, padded
@@ -148,9 +148,9 @@ def backward_recipe(
 
     Arguments as of forward_recipe; the walk's rows are tiles of keys.
     """
-    (_, Hq, Sq, _), (_, Hkv, Skv, _) = q.shape, k.shape
+    (_, Hq, Sq, D), (_, Hkv, Skv, _) = q.shape, k.shape
     num_rows, num_heads = walk[3:5]
-    registers, of_roles = HOPPER_REGISTERS[NUM_CONSUMERS.value]
+    registers, of_roles = HOPPER_REGISTERS[config.num_consumers]
     return Recipe(
         q.device,
         hopper_backward_kernel,
@@ -160,7 +160,7 @@ def backward_recipe(
         *_descriptors(v, CONSUMER_ROWS),
         *_descriptors(dout, CONSUMER_ROWS),
         _descriptor(rows_layout(q), (2, CONSUMER_ROWS)),
-        *(_descriptors(sum_layout(q), CONSUMER_ROWS, NUM_CONSUMERS.value) if config.is_fused else (None, None)),
+        *(_descriptors(sum_layout(q), CONSUMER_ROWS, config.num_parts(D)) if config.is_fused else (None, None)),
         *_descriptors(dk, CONSUMER_ROWS),
         *_descriptors(dv, CONSUMER_ROWS),
         *walk,
@@ -173,12 +173,14 @@ def backward_recipe(
         SCORE=score,
         SCORE_GRAD=score_gradient,
         G=Hq // Hkv,
+        NUM_CONSUMERS=config.num_consumers,
         TILE_Q=tile[0],
         TILE_KV=tile[1],
         IS_EVEN_Q=Sq % tile[0] == 0,
         IS_EVEN_KV=Skv % tile[1] == 0,
         IS_HELD=config.is_held,
         STAGES=config.num_stages,
+        DOUT_STAGES=config.num_dout_stages,
         REGISTERS=of_roles,
         num_warps=4,
         maxnreg=registers,

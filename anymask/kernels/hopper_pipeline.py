@@ -92,17 +92,17 @@ class Ring:
         mbarrier.wait(self.full.index(i % self.STAGES), i // self.STAGES & 1)
 
     @gluon.jit
-    def tile(self, i, C: gl.constexpr):
-        """[BLOCK, columns] of chunk C of load i."""
+    def tile(self, i, C: gl.constexpr, zero=0):
+        """[BLOCK, columns] of chunk C of load i. zero: 0, which the compiler may not know (see gradient_step)."""
         tiles = self.tiles[C]
-        return tiles.index(i % self.STAGES).reshape([tiles.shape[3], tiles.shape[4]])
+        return tiles.index(i % self.STAGES + zero).reshape([tiles.shape[3], tiles.shape[4]])
 
     @gluon.jit
-    def chunks(self, i):
+    def chunks(self, i, zero=0):
         """All chunks of load i, side by side."""
         tiles = ()
         for c in gl.static_range(len(self.tiles)):
-            tiles += (self.tile(i, c),)
+            tiles += (self.tile(i, c, zero),)
         return tiles
 
     @gluon.jit

@@ -119,10 +119,13 @@ def choose(
         why_no_gluon = why_no_hopper = "backend='triton'"
     hopper = hopper_backward = None
     if not (obstacle or why_no_gluon):
-        hopper = hopper_config(problem.D, problem.Dv, problem.Skv, tile[0], _kinds(mods))
+        kinds = _kinds(mods)
+        hopper = hopper_config(problem.D, problem.Dv, problem.Skv, tile[0], kinds)
         if not (config and {"dkdv", "dq"} & set(config)):
             length = min(problem.Sq, problem.Skv) if backend is None else 1 << 62
-            hopper_backward = hopper_backward_config(problem.D, problem.Dv, length, not deterministic)
+            hopper_backward = hopper_backward_config(
+                problem.D, problem.Dv, length, problem.Skv, not deterministic, kinds
+            )
     if backend is None:
         backend = "eager" if obstacle or arch == "interpreter" else "triton" if why_no_gluon else "gluon"
     if backend not in ("gluon", "triton"):
@@ -157,7 +160,7 @@ def choose(
 
 
 def _kinds(mods: Mods) -> frozenset[str]:
-    """What a HopperRow may be for only."""
+    """What a HopperRow or a HopperBackwardRow may be for only."""
     is_regular = not (mods.is_ragged or mods.has_score)
     kinds = {
         "dense": is_regular and not mods.has_mask,
@@ -429,13 +432,16 @@ def _override_hopper(default: HopperConfig, wanted: Any, tile: tuple[int, int], 
 
 
 def hopper_backward_shared_memory(config: HopperBackwardConfig, D: int, Dv: int) -> int:
-    """Bytes of shared memory that the Hopper backward needs at most: K, V, stages of Q and dO with lse and delta, dS of
-    two steps, dQ.
+    """Bytes of shared memory that the Hopper backward needs at most: K, V, stages of Q with lse and delta, and of dO;
+    dS, of two consumers of two steps; a part of dQ for each consumer.
     """
-    block_q, block_kv = config.BLOCK_Q, config.BLOCK_KV
+    block_q, block_kv, num_consumers = config.BLOCK_Q, config.BLOCK_KV, config.num_consumers
+    num_parts = config.num_parts(D)
     D, Dv = sum(chunks(D)), sum(chunks(Dv))
-    fused = 2 * 2 * block_q * block_kv + 4 * block_q * D if config.is_fused else 0
-    return 2 * (block_kv + config.num_stages * block_q) * (D + Dv) + config.num_stages * 8 * block_q + fused + 1024
+    held = 2 * block_kv * (D + Dv)
+    staged = config.num_stages * block_q * (2 * D + 8) + config.num_dout_stages * block_q * 2 * Dv
+    fused = num_consumers * (2 * block_q * block_kv + 4 * block_q * D // num_parts) if config.is_fused else 0
+    return held + staged + fused + 1024
 
 
 def _is_hopper_backward(wanted: Any) -> bool:
@@ -459,8 +465,11 @@ def _hopper_backward(
         chosen = wanted if isinstance(wanted, HopperBackwardConfig) else replace(default, **wanted)
     except TypeError:
         raise UnsupportedError(
-            f"config['dkdv'] = {wanted} should name is_fused, is_held and num_stages of the Gluon backward"
+            f"config['dkdv'] = {wanted} should name is_fused, is_held, num_consumers and num_stages of the Gluon "
+            "backward"
         ) from None
+    if chosen.num_consumers not in (1, 2):
+        raise UnsupportedError(f"config['dkdv']: the Gluon backward has 1 or 2 consumers, not {chosen.num_consumers}")
     if chosen.is_fused and deterministic:
         raise UnsupportedError(
             "config['dkdv']: where is_fused, the Gluon backward adds up dq in any order, and deterministic=True was "

@@ -70,11 +70,14 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     return noted
 
 
-def backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Any, is_fused: bool) -> tuple[Tensor, ...]:
+def backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Any, is_fused: bool, num_consumers: int = 2
+) -> tuple[Tensor, ...]:
     program = trace(mask, None, q.device)
     mods = Mods.of(text_of(program.mask, program.score), program.bindings.ints, program.bindings.floats)
     problem = Problem.of(q, k, v)
-    chosen = plan.choose(problem, mods, (64, 64), arch="sm_90", config={"dkdv": {"is_fused": is_fused}})
+    config = {"dkdv": {"is_fused": is_fused, "num_consumers": num_consumers}}
+    chosen = plan.choose(problem, mods, (64, 64), arch="sm_90", config=config)
     blocks = block_map(mask, problem.B, problem.Hq, problem.Sq, problem.Skv, device="cpu", tile=64)
     out, lse = torch.empty_like(dout), torch.empty(*q.shape[:3])
     prepared = launch.prepare(q, k, v, mods, program.bindings, blocks, chosen, 0.125)
@@ -82,11 +85,12 @@ def backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Any, is_fused:
 
 
 @pytest.mark.parametrize("mask", [None, causal(), document(torch.zeros(90, dtype=torch.int32))], ids=str)
+@pytest.mark.parametrize("num_consumers", [1, 2])
 @pytest.mark.parametrize("is_fused", [False, True])
-def test_what_is_started(launches: list[Launch], is_fused: bool, mask: Any) -> None:
+def test_what_is_started(launches: list[Launch], is_fused: bool, num_consumers: int, mask: Any) -> None:
     q, k, v, *_ = (x.detach() for x in inputs(2, 4, 2, 90, 80, 64, 128, torch.float16))
     dout = torch.randn(2, 4, 90, 128).half()
-    gradients = backward(dout, q, k, v, mask, is_fused)
+    gradients = backward(dout, q, k, v, mask, is_fused, num_consumers)
     names = ["rows_kernel", "hopper_backward_kernel", "dq_of_sum_kernel" if is_fused else "dq_kernel"]
     assert [name for name, _ in launches if not name.startswith(("walk", "order"))] == names
     assert (len(launches) > 3) == (mask is not None)  # only a mask is walked
