@@ -44,7 +44,7 @@ from anymask.expr.mods import Mods, text_of
 from anymask.expr.trace import trace
 from anymask.kernels import hopper_launch, launch
 from anymask.kernels import plan as planning
-from anymask.kernels.configs import SHARED_LIMITS, AnyConfig, HopperBackwardConfig, HopperConfig, hopper_dq_config
+from anymask.kernels.configs import SHARED_LIMITS, AnyConfig, HopperConfig
 from anymask.kernels.plan import (
     Need,
     choose,
@@ -52,7 +52,6 @@ from anymask.kernels.plan import (
     hopper_backward_shared_memory,
     hopper_dq_shared_memory,
     hopper_shared_memory,
-    kinds_of,
     shared_memory,
 )
 from anymask.problem import Problem
@@ -74,9 +73,14 @@ TARGETS = {
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 KERNELS = ("forward", "dkdv", "dq", "classify", "walk", "order")
-# Only where plan.py has one. hopper_backward: with dQ in it, after rows and before dq_of_sum; hopper_dkdv: without,
-# after rows and before hopper_dq.
-HOPPER_KERNELS = ("hopper_forward", "rows", "hopper_backward", "dq_of_sum", "hopper_dkdv", "hopper_dq")
+# Only where plan.py has one. hopper_backward: with dQ in it, after rows and before dq_of_sum; and its variants.
+# hopper_dq: after hopper_dkdv.
+HOPPER_KERNELS = ("hopper_forward", "rows", "hopper_backward", "dq_of_sum", "hopper_dkdv", "hopper_lone", "hopper_dq")
+HOPPER_BACKWARDS: dict[str, dict[str, Any]] = {
+    "hopper_dkdv": {"is_fused": False},
+    "hopper_lone": {"is_fused": True, "num_consumers": 1},
+    "hopper_backward": {"is_fused": True},
+}
 TWO = {"BLOCK_Q": 128, "BLOCK_KV": 128, "num_stages": 2, "has_turns": True}
 THREE = TWO | {"BLOCK_Q": 192, "num_stages": 3, "has_turns": False}
 # head dims and configs that the plan does not choose, or not for all masks
@@ -87,7 +91,7 @@ HOPPER_VARIANTS: tuple[tuple[int, tuple[tuple[str, Any], ...]], ...] = (
 )
 # Bytes. dK and dV of head dim 128 take 128 registers a thread: of what is left, masked and scored steps keep some
 # addresses in memory, which they read once a step.
-SPILL_LIMITS = {"hopper_backward": 128, "hopper_dkdv": 128}
+SPILL_LIMITS = dict.fromkeys(HOPPER_BACKWARDS, 128)
 
 
 @dataclass(frozen=True)
@@ -175,7 +179,7 @@ def sample_jobs() -> Iterator[Job]:
     yield Job("tree", "", "bf16", 64, 64, "sm_90", kernels=HOPPER_KERNELS)
     persistent = HOPPER_VARIANTS[0][1]
     yield Job("documents_causal", "", "bf16", 128, 128, "sm_90", kernels=("hopper_forward",), hopper=persistent)
-    yield Job("causal_top_left", "capped", "bf16", 128, 128, "sm_90", kernels=("hopper_backward", "hopper_dkdv"))
+    yield Job("causal_top_left", "capped", "bf16", 128, 128, "sm_90", kernels=tuple(HOPPER_BACKWARDS))
     yield Job("block_diffusion", "capped_and_biased", "f16", 64, 64, "sm_80", Sq=1000)
     yield Job("bit_table", "", "bf16", 256, 256, "sm_90", kernels=("forward", "dkdv"))
     yield Job("tree", "", "f32", 64, 64, "sm_90", kernels=("forward",))
@@ -209,23 +213,19 @@ def compile_job(job: Job) -> list[Row]:
             config = {"forward": dict(job.hopper)} if job.hopper else None
             gluon_plan = choose(problem, mods, tile, arch=job.arch, backend="gluon", config=config)
             launch.forward(q, k, v, mods, bindings, blocks, gluon_plan, 0.125)
-            # of more head dims than the kernel of dK and dV beside it takes
-            dq_config = hopper_dq_config(job.D, job.Dv, kinds_of(mods))
-            dq_plan = replace(gluon_plan, dkdv=HopperBackwardConfig(1, is_fused=False), dq=dq_config)
-            launch.backward(dout, None, q, k, v, out, lse, mods, bindings, blocks, dq_plan, 0.125)
-            del recorder.calls["hopper_backward"]
-            for name, is_fused in (("hopper_dkdv", False), ("hopper_backward", True)):
-                hopper_config = {"dkdv": {"is_fused": is_fused}}
+            for name, wanted in HOPPER_BACKWARDS.items():
+                hopper_config = {"dkdv": wanted}
                 hopper_plans[name] = choose(problem, mods, tile, arch=job.arch, backend="gluon", config=hopper_config)
                 launch.backward(dout, None, q, k, v, out, lse, mods, bindings, blocks, hopper_plans[name], 0.125)
-                recorder.calls[name] = recorder.calls["hopper_backward"]
+                recorder.calls[name] = recorder.calls.pop("hopper_backward")
     need = Need.of(job.D, job.Dv, dtype, mods, family_of(job.arch))
     configs: dict[str, Any] = {name: getattr(plan, name, None) for name in KERNELS}
     estimates = {name: shared_memory(name, config, need) for name, config in configs.items() if config}
     if "hopper_forward" in recorder.calls:
         configs["hopper_forward"] = gluon_plan.forward
         estimates["hopper_forward"] = hopper_shared_memory(gluon_plan.forward, job.D, job.Dv)
-        configs["hopper_dq"] = dq_config
+    if "hopper_dq" in recorder.calls:
+        configs["hopper_dq"] = dq_config = hopper_plans["hopper_dkdv"].dq
         estimates["hopper_dq"] = hopper_dq_shared_memory(dq_config, job.D, job.Dv)
     for name, hopper_plan in hopper_plans.items():
         configs[name] = hopper_plan.dkdv
@@ -243,8 +243,8 @@ class Recorder:
 
     def __init__(self) -> None:
         self.kernels = {name: getattr(launch, f"{name}_kernel") for name in KERNELS}
-        # hopper_dkdv is another variant of hopper_backward
-        names = [name for name in HOPPER_KERNELS if name != "hopper_dkdv"]
+        # the others are variants of hopper_backward
+        names = [name for name in HOPPER_KERNELS if name not in HOPPER_BACKWARDS or name == "hopper_backward"]
         self.kernels |= {name: getattr(hopper_launch, f"{name}_kernel") for name in names}
         self.calls: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {}
 

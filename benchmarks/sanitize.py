@@ -50,6 +50,7 @@ THREE = TWO | {"BLOCK_Q": 192, "num_stages": 3, "has_turns": False}
 PERSISTENT = {"is_persistent": True}
 # the Hopper backward, with dQ in it, also with K and V of head dim 64 in registers, and without dQ
 FUSED, HELD, APART = {"is_fused": True}, {"is_fused": True, "is_held": True}, {"is_fused": False}
+LONE = {"is_fused": True, "num_consumers": 1}
 MANY = (150, 2, 1, 130, 140)  # more rows than multiprocessors have programs at a time
 
 CASES = {
@@ -78,6 +79,9 @@ CASES = {
     "hopper backward unmasked": Case("gluon", (1, 1, 1, 200, 270, 128, 128), BF16, dkdv=FUSED),
     "hopper backward unmasked, apart": Case("gluon", (1, 1, 1, 300, 270, 64, 64), BF16, dkdv=APART),
     "hopper backward documents, GQA": Case("gluon", (1, 2, 1, 200, 270, 128, 64), BF16, "documents_causal", dkdv=FUSED),
+    "hopper backward documents, GQA, one consumer": Case(
+        "gluon", (1, 2, 1, 200, 270, 128, 64), BF16, "documents_causal", dkdv=LONE
+    ),
     "hopper backward held": Case("gluon", (1, 1, 1, 300, 270, 64, 128), F16, "window", dkdv=HELD),
     "hopper backward softcap and ALiBi": Case(
         "gluon", (1, 1, 1, 200, 270, 64, 128), F16, "", "capped_and_biased", dkdv=FUSED

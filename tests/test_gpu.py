@@ -21,9 +21,10 @@ pytestmark = pytest.mark.gpu
 HALF = (torch.float16, torch.bfloat16)
 IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 hopper = pytest.mark.skipif(not IS_HOPPER, reason="needs a Hopper GPU")
-# the Hopper backward, with dQ in it and without: the fast mode and the deterministic one; and the first with K and V of
-# head dim 64 in registers
+# the Hopper backward, with dQ in it and without: the fast mode and the deterministic one; both with one consumer; and
+# the first with K and V of head dim 64 in registers
 FUSED, APART = ({"dkdv": {"is_fused": is_fused}} for is_fused in (True, False))
+LONE, LONE_APART = ({"dkdv": {"is_fused": is_fused, "num_consumers": 1}} for is_fused in (True, False))
 HELD = {"dkdv": {"is_fused": True, "is_held": True}}
 
 
@@ -37,7 +38,7 @@ def test_mask(i: int, name: str) -> None:
 @pytest.mark.parametrize("D, Dv", [(8, 8), (16, 40), (48, 32), (72, 72), (96, 96), (112, 80), (160, 160)], ids=str)
 def test_head_dims_on_hopper(D: int, Dv: int) -> None:
     for mask in (None, causal()):
-        for config in (FUSED, APART) if max(D, Dv) <= 128 else (None,):
+        for config in (FUSED, APART, LONE) if max(D, Dv) <= 128 else (None,):
             run("gluon", mask, None, (2, 4, 2, 300, 270, D, Dv), torch.bfloat16, "cuda", 128, config=config)
 
 
@@ -125,14 +126,14 @@ def test_persistent_forwards_beside_each_other_and_in_a_graph() -> None:
 @hopper
 @pytest.mark.parametrize("i, name", list(enumerate(MASKS)))
 def test_mask_on_hopper(i: int, name: str) -> None:
-    config = APART if i % 5 == 0 else FUSED
     D, dtype, tile = ((64, torch.bfloat16, 64), (128, torch.float16, 128))[i % 2]
     sizes = (2, 4, 2, 333, 290, D, D)
-    run("gluon", MASKS[name](Sizes(2, 4, 333, 290, "cuda")), None, sizes, dtype, "cuda", tile, config=config)
+    for config in (APART if i % 5 == 0 else FUSED, LONE):
+        run("gluon", MASKS[name](Sizes(2, 4, 333, 290, "cuda")), None, sizes, dtype, "cuda", tile, config=config)
 
 
 @hopper
-@pytest.mark.parametrize("config", [FUSED, APART], ids=["fused", "apart"])
+@pytest.mark.parametrize("config", [FUSED, APART, LONE], ids=["fused", "apart", "one consumer"])
 @pytest.mark.parametrize("mask", [None, causal()], ids=["unmasked", "causal"])
 @pytest.mark.parametrize("name", SCORES)
 def test_score_function_on_hopper(name: str, mask: Any, config: Any) -> None:
@@ -147,12 +148,12 @@ def test_score_function_on_hopper(name: str, mask: Any, config: Any) -> None:
 @pytest.mark.parametrize("heads", [(4, 4), (4, 1)], ids=str)
 def test_sizes_on_hopper(heads: tuple[int, int], S: tuple[int, int], D: int, Dv: int) -> None:
     for mask in (None, sliding_window(300, 20)):
-        for config in (FUSED, APART, HELD)[: 3 if min(D, Dv) == 64 else 2]:
+        for config in (FUSED, APART, LONE, LONE_APART, HELD)[: 5 if min(D, Dv) == 64 else 4]:
             run("gluon", mask, None, (2, *heads, *S, D, Dv), torch.bfloat16, "cuda", 128, config=config)
 
 
 @hopper
-@pytest.mark.parametrize("config", [FUSED, APART], ids=["fused", "apart"])
+@pytest.mark.parametrize("config", [FUSED, LONE, APART], ids=["fused", "lone", "apart"])
 @pytest.mark.parametrize("tile", [16, 64, 256])
 def test_map_tiles_on_hopper(tile: int, config: Any) -> None:
     ids = torch.randint(0, 3, (1000,), device="cuda").sort().values
@@ -177,12 +178,12 @@ def test_keys_past_the_end_do_not_reach_dq() -> None:
     q, k, v, dout, _ = inputs(1, 1, 1, 100, 100, 64, 64, torch.bfloat16, "cuda")
     q, k = (8 * q.abs()).detach().requires_grad_(), (-8 * k.abs()).detach().requires_grad_()
     for mask in (None, causal()):
-        fused, apart, expected = (
+        *results, expected = (
             torch.autograd.grad(attention(q, k, v, mask=mask, config=config), (q, k, v), dout)
-            for config in (FUSED, APART, None)
+            for config in (FUSED, LONE, APART, None)
         )
-        for results in (fused, apart):
-            assert all(relative_error(a, b) < 2e-2 for a, b in zip(results, expected, strict=True))
+        for result in results:
+            assert all(relative_error(a, b) < 2e-2 for a, b in zip(result, expected, strict=True))
 
 
 @hopper
@@ -207,7 +208,7 @@ def test_the_hopper_backward_run_to_run() -> None:
     for D in (64, 128):
         q, k, v, dout, _ = inputs(2, 8, 4, 2048, 2048, D, D, torch.bfloat16, "cuda")
         for mask in (None, causal()):
-            for config, deterministic in ((APART, True), (FUSED, False)):
+            for config, deterministic in ((APART, True), (LONE_APART, True), (FUSED, False), (LONE, False)):
                 first: tuple[Tensor, ...] | None = None
                 for _ in range(10):
                     out = attention(q, k, v, mask=mask, config=config, deterministic=deterministic)

@@ -58,27 +58,39 @@ class HopperConfig:
 
 @dataclass(frozen=True)
 class HopperBackwardConfig:
-    """Of the Hopper dK/dV kernel, of two warpgroups. num_stages: tiles of queries in shared memory.
+    """Of the Hopper dK/dV kernel, of consumer warpgroups. num_stages: tiles of Q in shared memory.
 
     is_fused: it adds up dQ too, in whatever order its programs come. Else dQ has a kernel of its own.
     is_held: K and V of head dim 64 stay in registers: fewer reads of shared memory for 32 instructions a step.
     is_split: one warpgroup has dK, the other dV, of the same 64 keys, and S and P are computed twice: registers do for
     both up to head dim 128 alone. Else each has both, of 64 keys of its own.
+    num_consumers: 2, or 1, of which a multiprocessor runs two programs at a time where they fit.
     """
 
     num_stages: int
     is_fused: bool
     is_held: bool = False
     is_split: bool = False
+    num_consumers: int = 2
 
     BLOCK_Q: ClassVar[int] = 64
 
     @property
     def BLOCK_KV(self) -> int:
-        return 64 if self.is_split else 128
+        return 64 if self.is_split else 64 * self.num_consumers
+
+    @property
+    def num_dout_stages(self) -> int:
+        """Tiles of dO: fewer for one consumer and dQ, to fit twice. A step needs dO later than Q, and not as long."""
+        return max(1, self.num_stages - (self.num_consumers == 1 and self.is_fused))
+
+    def num_parts(self, D: int) -> int:
+        """Parts of the columns of dQ: a consumer has one at a time, and registers for 64 columns."""
+        return 2 if self.num_consumers == 2 or D > 64 else 1
 
     def __str__(self) -> str:
-        ways = " and dq" * self.is_fused + " in Gluon, 2 warpgroups" + ", K and V held" * self.is_held
+        warpgroups = f"{self.num_consumers} warpgroup" + "s" * (self.num_consumers > 1)
+        ways = " and dq" * self.is_fused + f" in Gluon, {warpgroups}" + ", K and V held" * self.is_held
         return f"{self.BLOCK_Q}x{self.BLOCK_KV}{ways}{', of dk and dv' * self.is_split}, {self.num_stages} stages"
 
 
@@ -284,12 +296,14 @@ def hopper_backward_default(D: int, Dv: int) -> HopperBackwardConfig:
 
 @dataclass(frozen=True)
 class HopperBackwardRow:
-    """For min_D <= D, Dv <= max_D."""
+    """For min_D <= D, Dv <= max_D.  only: as of HopperRow."""
 
     min_D: int
     max_D: int
     backward: HopperBackwardConfig
     min_length: int = 0  # of queries and of keys
+    only: str = ""
+    max_Skv: int = 1 << 62
 
 
 # H200, bf16, 16,384 tokens in all, 2026-11-22. TFLOP/s, no mask / causal, all kernels of a backward; the portable ones.
@@ -299,6 +313,11 @@ HOPPER_BACKWARD_ROWS = (
     HopperBackwardRow(64, 64, HopperBackwardConfig(3, is_fused=True, is_held=True), 2048),
     # D 48, S 8192: - / 290; - / 265. D 32 278 / 269; 281 / 267. D 16 156 / 158; 186 / 157
     HopperBackwardRow(40, 64, HopperBackwardConfig(3, is_fused=True), 2048),
+    # compiled, not measured, and where it ends is the forward's: 32k tokens in 256 documents are to take 157, two
+    # consumers 92
+    HopperBackwardRow(
+        40, 128, HopperBackwardConfig(2, is_fused=True, num_consumers=1), only="segmented", max_Skv=32768
+    ),
     # S 16384 600 / 552, 8192 548 / 533, 2048 500 / 413, 512 347 / 223, three stages 545 / 553; 420 / 405, 413 / 401,
     # 386 / 342, 280 / 192. S 8192, causal, D 72, 80, 96, 112, 128/64: 336, 380, 413, 467, 433; 222, 249, 303, 340, 356
     HopperBackwardRow(40, 128, HopperBackwardConfig(2, is_fused=True)),
@@ -309,12 +328,20 @@ HOPPER_BACKWARD_ROWS = (
 )
 
 
-def hopper_backward_config(D: int, Dv: int, length: int, is_deterministic: bool) -> HopperBackwardConfig | None:
-    """The backward's for so many queries and keys at least; None where the portable one is faster, or not compared."""
+def hopper_backward_config(
+    D: int, Dv: int, length: int, Skv: int, is_deterministic: bool, kinds: frozenset[str]
+) -> HopperBackwardConfig | None:
+    """The backward's for length queries and keys at least; None where the portable one is faster, or not compared."""
     max_D = min(row.max_D for row in HOPPER_BACKWARD_ROWS if row.max_D >= max(D, Dv))
     for row in HOPPER_BACKWARD_ROWS:
-        is_fit = row.max_D == max_D and row.min_D <= min(D, Dv) and row.min_length <= length
-        if is_fit and not (row.backward.is_fused and is_deterministic):
+        if (
+            row.max_D == max_D
+            and row.min_D <= min(D, Dv)
+            and row.min_length <= length
+            and Skv <= row.max_Skv
+            and (not row.only or row.only in kinds)
+            and not (row.backward.is_fused and is_deterministic)
+        ):
             return row.backward
     return None
 

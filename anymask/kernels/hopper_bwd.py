@@ -1,9 +1,11 @@
-"""Backward on Hopper (sm_90): a producer warp loads tiles by TMA, two consumer warpgroups of 64 keys each compute.
+"""Backward on Hopper (sm_90): a producer warp loads tiles by TMA, consumer warpgroups of 64 keys each compute.
 
 A program has a tile of keys and walks the queries that see them. A consumer's step, everything transposed:
 S^T = K Q^T and dP^T = V dO^T issued; P^T while dP^T runs; dV += P^T dO issued; dS^T to shared memory, where the other
 consumer reads it; dQ = dS K issued, of which each consumer computes half the columns; dK += dS^T Q issued; dQ added to
 its accumulator by TMA. P^T and dS^T are operands in registers, dK and dV stay there to the end.
+There are two consumers, or one: half the keys, and two programs on a multiprocessor, one of which computes while the
+other begins or ends. A lone consumer computes both halves of dQ, one after the other.
 docs/notes/006-hopper-backward.md has why; hopper_rows.py what comes before and after.
 """
 
@@ -18,13 +20,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from anymask.kernels.functions import kept, opaque
 from anymask.kernels.hopper_chunks import accumulator, accumulators, allocate_tiles, bytes_of, chunks_of, finished
-from anymask.kernels.hopper_pipeline import Ring, begin_load, begin_store, meet, reduce_add, seen_as
+from anymask.kernels.hopper_pipeline import (
+    Ring,
+    begin_load,
+    begin_store,
+    meet,
+    read_number,
+    reduce_add,
+    seen_as,
+    write_number,
+)
 from anymask.kernels.hopper_walk import Counting, Walking
 from anymask.kernels.record import record
 from anymask.kernels.tile import hidden, log2_probability, map_of, ranked_row, work_of
 
 ROWS = gl.constexpr(64)  # keys of a consumer, and queries of a step
-NUM_CONSUMERS = gl.constexpr(2)
 
 
 @record
@@ -54,6 +64,7 @@ class Call:
     SCORE: gl.constexpr
     SCORE_GRAD: gl.constexpr
     G: gl.constexpr
+    NUM_CONSUMERS: gl.constexpr
     BLOCK_KV: gl.constexpr
     TILE_Q: gl.constexpr
     TILE_KV: gl.constexpr
@@ -121,8 +132,8 @@ class Shared:
     """What lies in shared memory. In k and v a stage is the keys of a consumer.
 
     tiles: which ROWS queries each stage of q has.  rows: their lse and -delta, one after the other.
-    ds: dS^T of the consumers, of even and odd steps.  dq: of each chunk half the columns of dQ, of each consumer. Both
-    are None where dQ is not computed here.
+    ds: dS^T of the consumers, of two of them of even and odd steps.  dq: of each chunk a part of the columns of dQ, of
+    each consumer. Both are None where dQ is not computed here.
     """
 
     q: Ring
@@ -131,8 +142,8 @@ class Shared:
     v: Ring
     tiles: gl.shared_memory_descriptor  # [STAGES, 1] int32
     rows: gl.shared_memory_descriptor  # [STAGES, 1, 1, 2, ROWS] f32
-    ds: gl.shared_memory_descriptor | gl.constexpr  # [2 * NUM_CONSUMERS, ROWS, ROWS]
-    dq: gl.tuple | gl.constexpr  # [NUM_CONSUMERS, 1, 1, ROWS, columns / 2] f32
+    ds: gl.shared_memory_descriptor | gl.constexpr  # [1 or 2 * 2, ROWS, ROWS]
+    dq: gl.tuple | gl.constexpr  # [NUM_CONSUMERS, 1, 1, ROWS, columns / PARTS] f32
 
 
 # --- the producer ---
@@ -161,8 +172,7 @@ def load_tiles(call, shared):
                 full = shared.q.begin(i, bytes_of(call.q) + call.rows.block_type.nbytes)
                 stage = i % shared.q.STAGES
                 # so consumers need no walk; the barrier of dout, whose load begins after this, tells them of it
-                of_one_warp: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-                shared.tiles.index(stage).store(gl.full([1], q_start // ROWS, gl.int32, of_one_warp))
+                write_number(shared.tiles.index(stage), q_start // ROWS)
                 begin_load(call.rows, [work.b, visit.h, 0, q_start], full, shared.rows.index(stage))
                 shared.q.fill(i, call.q, work.b, visit.h, q_start, full)
                 shared.dout.load(i, call.dout, work.b, visit.h, q_start)
@@ -253,15 +263,38 @@ def products_of_rows(left, right, acc):
 
 
 @gluon.jit
-def half_products(shared, even_or_odd, zero, C: gl.constexpr, WARPGROUP: gl.constexpr):
-    """dQ = dS K, issued: a consumer's half of the columns of chunk C    [ROWS, columns / 2] f32"""
-    HALF: gl.constexpr = shared.dq[C].shape[4]
-    dq = accumulator(ROWS, HALF)
-    for other in gl.static_range(NUM_CONSUMERS):
-        half = shared.k.tile(other + zero, C).slice(WARPGROUP * HALF, HALF, 1)
-        ds = shared.ds.index(even_or_odd + other).permute((1, 0))
-        dq = warpgroup_mma(ds, half, dq, use_acc=other > 0, is_async=True)
+def products_of_part(call, shared, first_ds, zero, PART: gl.constexpr):
+    """dQ = dS K, issued: part PART of the columns of each chunk    of each chunk [ROWS, columns / PARTS] f32"""
+    issued = ()
+    for c in gl.static_range(len(shared.dq)):
+        issued += (product_of_chunk(call, shared, first_ds, zero, c, PART),)
+    return issued
+
+
+@gluon.jit
+def product_of_chunk(call, shared, first_ds, zero, C: gl.constexpr, PART: gl.constexpr):
+    """dQ = dS K, issued: part PART of the columns of chunk C    [ROWS, columns / PARTS] f32"""
+    COLUMNS: gl.constexpr = shared.dq[C].shape[4]
+    dq = accumulator(ROWS, COLUMNS)
+    for consumer in gl.static_range(call.NUM_CONSUMERS):
+        k = shared.k.tile(consumer, C, zero).slice(PART * COLUMNS, COLUMNS, 1)
+        ds = shared.ds.index(first_ds + consumer).permute((1, 0))
+        dq = warpgroup_mma(ds, k, dq, use_acc=consumer > 0, is_async=True)
     return dq
+
+
+@gluon.jit
+def add_part(dq, call, work, h, q_start, shared, zero, PART: gl.constexpr, WARPGROUP: gl.constexpr):
+    """dq, which is part PART of the columns of each chunk, is on its way to the sum of dQ."""
+    tma.store_wait(0)  # until what this consumer added before has been read
+    for c in gl.static_range(len(dq)):
+        shared.dq[c].index(WARPGROUP + zero).reshape(dq[c].shape).store(dq[c])
+    fence_async_shared()
+    column = 0
+    for c in gl.static_range(len(dq)):
+        place = [work.b, h, q_start, column + PART * dq[c].shape[1]]
+        reduce_add(call.dq[c], place, shared.dq[c].index(WARPGROUP + zero))
+        column += call.q[c].block_type.shape[3]
 
 
 @gluon.jit
@@ -269,8 +302,7 @@ def first_query(shared, i):
     """Of step i. As a multiple of ROWS, so that the compiler sees that captured vectors may be read two numbers at a
     time.
     """
-    of_a_warpgroup: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    return gl.max(shared.tiles.index(i % shared.q.STAGES).load(of_a_warpgroup), 0) * ROWS
+    return read_number(shared.tiles.index(i % shared.q.STAGES), 4) * ROWS
 
 
 @gluon.jit
@@ -304,16 +336,17 @@ def score_gradient(p, s, dp, call, work, h, q_idx, kv_idx, IS_MASKED: gl.constex
 
 @gluon.jit
 def gradient_step(i, dk, dv, k, v, call, work, h, shared, IS_MASKED: gl.constexpr, WARPGROUP: gl.constexpr):
-    """dk and dv with the queries of step i added, whose dq gains the keys of both consumers. k, v: held, or None."""
+    """dk and dv with the queries of step i added, whose dq gains the keys of all consumers. k, v: held, or None."""
+    NUM_CONSUMERS: gl.constexpr = call.NUM_CONSUMERS
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     DTYPE: gl.constexpr = call.q[0].dtype
     # 0, but the compiler can't know: so it computes anew, each step, where tiles that stay the same lie, and their
     # addresses take no registers
     zero = i >> 30
     q = shared.q.chunks(i)
-    dout = shared.dout.chunks(i)
+    dout = shared.dout.chunks(i, zero)
     if k is None:
-        k = shared.k.chunks(WARPGROUP + zero)
+        k = shared.k.chunks(WARPGROUP, zero)
     else:
         k = fresh(k, zero)
     zeros = gl.zeros([ROWS, ROWS], gl.float32, S_LAYOUT)
@@ -322,7 +355,7 @@ def gradient_step(i, dk, dv, k, v, call, work, h, shared, IS_MASKED: gl.constexp
     # S^T = K Q^T    [ROWS, ROWS] f32
     s = product_of_columns(k, q, zeros, False)
     if v is None:
-        v = shared.v.chunks(WARPGROUP + zero)
+        v = shared.v.chunks(WARPGROUP, zero)
     else:
         v = fresh(v, zero)
     # dP^T - delta = V dO^T - delta    [ROWS, ROWS] f32
@@ -342,29 +375,27 @@ def gradient_step(i, dk, dv, k, v, call, work, h, shared, IS_MASKED: gl.constexp
         dv = finished(dv, len(dk))
         shared.dout.release(i)
     else:
-        even_or_odd = (i & 1) * NUM_CONSUMERS
-        shared.ds.index(even_or_odd + WARPGROUP).store(ds)
+        if NUM_CONSUMERS == 2:
+            first_ds = (i & 1) * 2
+        else:
+            # the last step's dS^T has been read: its dQ was waited for, and then all warps met to release Q
+            first_ds = zero
+        shared.ds.index(first_ds + WARPGROUP).store(ds)
         fence_async_shared()
-        meet()  # and who is here has read dS^T of the step before, whose place the next step's takes
-        # dQ = dS K, its half of the columns    of each chunk [ROWS, columns / 2] f32
-        dq = ()
-        for c in gl.static_range(len(dk)):
-            dq += (half_products(shared, even_or_odd, zero, c, WARPGROUP),)
+        if NUM_CONSUMERS == 2:
+            meet()  # and who is here has read dS^T of the step before, whose place the next step's takes
+        # dQ = dS K, a part of its columns    of each chunk [ROWS, columns / PARTS] f32
+        dq = products_of_part(call, shared, first_ds, zero, WARPGROUP)
         # dK += dS^T Q
         dk = products_of_rows(ds, q, dk)
         done = finished(dq + dv, len(dk))
-        dq = done[: len(dq)]
         dv = done[len(dq) :]
         shared.dout.release(i)
-        tma.store_wait(0)  # until the previous step's has been read
-        for c in gl.static_range(len(dq)):
-            shared.dq[c].index(WARPGROUP + zero).reshape(dq[c].shape).store(dq[c])
-        fence_async_shared()
-        column = 0
-        for c in gl.static_range(len(dq)):
-            place = [work.b, h, q_start, column + WARPGROUP * dq[c].shape[1]]
-            reduce_add(call.dq[c], place, shared.dq[c].index(WARPGROUP + zero))
-            column += NUM_CONSUMERS * dq[c].shape[1]
+        add_part(done[: len(dq)], call, work, h, q_start, shared, zero, WARPGROUP, WARPGROUP)
+        if columns_of(call.q) > columns_of(call.dq) * NUM_CONSUMERS:
+            # the other part, for which there were no registers before (C7512)
+            dq = finished(products_of_part(call, shared, first_ds, zero, 1), 0)
+            add_part(dq, call, work, h, q_start, shared, zero, 1, WARPGROUP)
     dk = finished(dk, 0)
     shared.q.release(i)
     return dk, dv
@@ -377,7 +408,7 @@ def value_step(i, dv, call, work, h, shared, IS_MASKED: gl.constexpr):
     zero = i >> 30  # see gradient_step
     shared.q.wait(i)
     s = gl.zeros([ROWS, ROWS], gl.float32, S_LAYOUT)
-    s = product_of_columns(shared.k.chunks(zero), shared.q.chunks(i), s, False)
+    s = product_of_columns(shared.k.chunks(0, zero), shared.q.chunks(i), s, False)
     lse_log2 = row_vector(call, shared, i, 0, S_LAYOUT)
     shared.dout.wait(i)
     q_start = first_query(shared, i)
@@ -396,11 +427,11 @@ def key_step(i, dk, call, work, h, shared, IS_MASKED: gl.constexpr):
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     zero = i >> 30  # see gradient_step
     q = shared.q.chunks(i)
-    v = shared.v.chunks(zero)
+    v = shared.v.chunks(0, zero)
     s = gl.zeros([ROWS, ROWS], gl.float32, S_LAYOUT)
     shared.q.wait(i)
     less_delta = copies(row_vector(call, shared, i, 1, S_LAYOUT), s)
-    s = product_of_columns(shared.k.chunks(zero), q, s, False)
+    s = product_of_columns(shared.k.chunks(0, zero), q, s, False)
     shared.dout.wait(i)
     dp = product_of_columns(v, shared.dout.chunks(i), less_delta, True)
     q_start = first_query(shared, i)
@@ -469,7 +500,7 @@ def differentiate(call, shared, WARPGROUP: gl.constexpr):
     work = work_of_program(call)
     dk = accumulators(call.dk)
     dv = accumulators(call.dv)
-    for consumer in gl.static_range(NUM_CONSUMERS):
+    for consumer in gl.static_range(call.NUM_CONSUMERS):
         shared.k.wait(consumer)
     shared.v.wait(WARPGROUP)
     k = None
@@ -490,7 +521,8 @@ def differentiate(call, shared, WARPGROUP: gl.constexpr):
             i += 1
     if shared.dq is not None:
         tma.store_wait(0)
-        meet()  # the other has read K for its last dQ
+        if call.NUM_CONSUMERS == 2:
+            meet()  # the other has read K for its last dQ
     # in the place of K and V
     kv_start = work.kv_start + WARPGROUP * ROWS
     store_chunks(call.dk, dk, call.scale, shared.k, work.b, work.h_kv, kv_start, WARPGROUP)
@@ -509,7 +541,7 @@ def hopper_backward_kernel(
     dout,  # [B, Hq, Sq, DV]
     dout_rest,
     rows,  # [B, Hq, 2, Sq] f32: lse in base 2 and -delta, of hopper_rows.py
-    dq,  # [B, Hq, Sq, D] f32, in blocks of half the columns: dQ / scale is added to it; or None
+    dq,  # [B, Hq, Sq, D] f32, in blocks of a part of the columns: dQ / scale is added to it; or None
     dq_rest,
     dk,  # [B, Hkv, Skv, D]
     dk_rest,
@@ -530,13 +562,15 @@ def hopper_backward_kernel(
     SCORE: gl.constexpr,
     SCORE_GRAD: gl.constexpr,
     G: gl.constexpr,
+    NUM_CONSUMERS: gl.constexpr,  # 1 or 2
     TILE_Q: gl.constexpr,
     TILE_KV: gl.constexpr,
     IS_EVEN_Q: gl.constexpr,  # no tile hangs over the end of the queries
     IS_EVEN_KV: gl.constexpr,  # nor of the keys
     IS_HELD: gl.constexpr,  # K and V of head dim 64 stay in registers
     IS_SPLIT: gl.constexpr,  # one consumer has dk, the other dv
-    STAGES: gl.constexpr,  # of q and dout
+    STAGES: gl.constexpr,  # of q
+    DOUT_STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,  # of the roles but the first
 ):
     """dk and dv of one tile of keys, and what it adds to dq. Grid: a program for each tile of each head of keys, in the
@@ -554,11 +588,12 @@ def hopper_backward_kernel(
     if dq is not None:
         dq = chunks_of(dq, dq_rest)
         DS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, ROWS], q[0].dtype)
-        staged_ds = gl.allocate_shared_memory(q[0].dtype, [2 * NUM_CONSUMERS, ROWS, ROWS], DS_LAYOUT)
+        NUM_DS: gl.constexpr = 2 * 2 if NUM_CONSUMERS == 2 else 1
+        staged_ds = gl.allocate_shared_memory(q[0].dtype, [NUM_DS, ROWS, ROWS], DS_LAYOUT)
         staged_dq = allocate_tiles(dq, NUM_CONSUMERS)
     shared = Shared(
         Ring.create(q, STAGES, NUM_CONSUMERS),
-        Ring.create(dout, STAGES, NUM_CONSUMERS),
+        Ring.create(dout, DOUT_STAGES, NUM_CONSUMERS),
         Ring.create(k, BLOCK_KV // ROWS, 1),
         Ring.create(v, BLOCK_KV // ROWS, 1),
         gl.allocate_shared_memory(gl.int32, [STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])),
@@ -591,6 +626,7 @@ def hopper_backward_kernel(
         SCORE,
         SCORE_GRAD,
         G,
+        NUM_CONSUMERS,
         BLOCK_KV,
         TILE_Q,
         TILE_KV,
@@ -607,6 +643,10 @@ def hopper_backward_kernel(
             ],
             [4, 1],
             REGISTERS,
+        )
+    elif NUM_CONSUMERS == 1:
+        gl.warp_specialize(
+            [(differentiate, (call, shared, gl.constexpr(0))), (load_tiles, (call, shared))], [1], REGISTERS
         )
     else:
         gl.warp_specialize(

@@ -12,7 +12,7 @@ import torch
 from triton.experimental.gluon import language as gl
 
 from anymask.kernels.configs import HOPPER_REGISTERS, HopperBackwardConfig, HopperConfig, HopperDqConfig
-from anymask.kernels.hopper_bwd import NUM_CONSUMERS, hopper_backward_kernel
+from anymask.kernels.hopper_bwd import hopper_backward_kernel
 from anymask.kernels.hopper_dq import hopper_dq_kernel
 from anymask.kernels.hopper_fwd import hopper_forward_kernel
 from anymask.kernels.hopper_rows import dq_of_sum_kernel, rows_kernel
@@ -150,9 +150,9 @@ def backward_recipe(
 
     Arguments as of forward_recipe; the walk's rows are tiles of keys.
     """
-    (_, Hq, Sq, _), (_, Hkv, Skv, _) = q.shape, k.shape
+    (_, Hq, Sq, D), (_, Hkv, Skv, _) = q.shape, k.shape
     num_rows, num_heads = walk[3:5]
-    registers, of_roles = HOPPER_REGISTERS[NUM_CONSUMERS.value]
+    registers, of_roles = HOPPER_REGISTERS[config.num_consumers]
     return Recipe(
         q.device,
         hopper_backward_kernel,
@@ -162,7 +162,7 @@ def backward_recipe(
         *_descriptors(v, CONSUMER_ROWS),
         *_descriptors(dout, CONSUMER_ROWS),
         _descriptor(rows_layout(q), (1, 2, CONSUMER_ROWS)),
-        *(_descriptors(sum_layout(q), CONSUMER_ROWS, NUM_CONSUMERS.value) if config.is_fused else (None, None)),
+        *(_descriptors(sum_layout(q), CONSUMER_ROWS, config.num_parts(D)) if config.is_fused else (None, None)),
         *_descriptors(dk, CONSUMER_ROWS),
         *_descriptors(dv, CONSUMER_ROWS),
         *walk,
@@ -175,6 +175,7 @@ def backward_recipe(
         SCORE=score,
         SCORE_GRAD=score_gradient,
         G=Hq // Hkv,
+        NUM_CONSUMERS=config.num_consumers,
         TILE_Q=tile[0],
         TILE_KV=tile[1],
         IS_EVEN_Q=Sq % tile[0] == 0,
@@ -182,6 +183,7 @@ def backward_recipe(
         IS_HELD=config.is_held,
         IS_SPLIT=config.is_split,
         STAGES=config.num_stages,
+        DOUT_STAGES=config.num_dout_stages,
         REGISTERS=of_roles,
         num_warps=4,
         maxnreg=registers,
@@ -206,7 +208,7 @@ def dq_recipe(
     """For q, k, v, dout, dq, rows, the walk's tensors, captured ones. Arguments as of forward_recipe."""
     (_, Hq, Sq, _), (_, Hkv, Skv, _) = q.shape, k.shape
     num_rows, num_heads = walk[3:5]
-    registers, of_roles = HOPPER_REGISTERS[NUM_CONSUMERS.value]
+    registers, of_roles = HOPPER_REGISTERS[config.BLOCK_Q // CONSUMER_ROWS]
     return Recipe(
         q.device,
         hopper_dq_kernel,

@@ -110,17 +110,17 @@ class Ring:
         mbarrier.wait(self.full.index(i % self.STAGES), i // self.STAGES & 1)
 
     @gluon.jit
-    def tile(self, i, C: gl.constexpr):
-        """[BLOCK, columns] of chunk C of load i."""
+    def tile(self, i, C: gl.constexpr, zero=0):
+        """[BLOCK, columns] of chunk C of load i. zero: 0, which the compiler may not know (see gradient_step)."""
         tiles = self.tiles[C]
-        return tiles.index(i % self.STAGES).reshape([tiles.shape[2] * tiles.shape[3], tiles.shape[4]])
+        return tiles.index(i % self.STAGES + zero).reshape([tiles.shape[2] * tiles.shape[3], tiles.shape[4]])
 
     @gluon.jit
-    def chunks(self, i):
+    def chunks(self, i, zero=0):
         """All chunks of load i, side by side."""
         tiles = ()
         for c in gl.static_range(len(self.tiles)):
-            tiles += (self.tile(i, c),)
+            tiles += (self.tile(i, c, zero),)
         return tiles
 
     @gluon.jit
@@ -189,24 +189,27 @@ class RowQueue:
 
 @gluon.constexpr_function
 def barrier_asm(what, turn):
-    return f"bar.{what} {14 + turn}, 256; mov.u32 $0, 0;"
+    return f"{what} {14 + turn}, 256; mov.u32 $0, 0;"
 
 
 @gluon.jit
 def wait_turn(WARPGROUP: gl.constexpr):
-    ASM: gl.constexpr = barrier_asm("sync", WARPGROUP)
+    ASM: gl.constexpr = barrier_asm("bar.sync", WARPGROUP)
     gl.inline_asm_elementwise(ASM, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
 def pass_turn(WARPGROUP: gl.constexpr):
     """The other warpgroup's turn begins."""
-    ASM: gl.constexpr = barrier_asm("arrive", 1 - WARPGROUP)
+    ASM: gl.constexpr = barrier_asm("bar.arrive", 1 - WARPGROUP)
     gl.inline_asm_elementwise(ASM, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
 def meet():
-    """Both consumers wait for each other, in a kernel without turns."""
-    ASM: gl.constexpr = barrier_asm("sync", 0)
+    """Both consumers wait for each other, in a kernel without turns.
+
+    barrier, not bar: each consumer has an instruction of its own, and bar promises that it is the same for all threads.
+    """
+    ASM: gl.constexpr = barrier_asm("barrier.sync", 0)
     gl.inline_asm_elementwise(ASM, "=r", [], dtype=gl.int32, is_pure=False, pack=1)

@@ -126,14 +126,17 @@ def choose(
         why_no_gluon = why_no_hopper = "backend='triton'"
     hopper = hopper_backward = None
     if not (obstacle or why_no_gluon):
-        hopper = hopper_config(problem.D, problem.Dv, problem.Skv, tile[0], kinds_of(mods))
+        kinds = kinds_of(mods)
+        hopper = hopper_config(problem.D, problem.Dv, problem.Skv, tile[0], kinds)
         heads = 1 if has_maps_by_head else packed_heads(problem.G, problem.Sq)
         if heads > 1:
             packed = next(packed for max_D, packed in HOPPER_PACKED.items() if max_D >= max(problem.D, problem.Dv))
             hopper = replace(packed, heads=heads)
         if not (config and {"dkdv", "dq"} & set(config)):
             length = min(problem.Sq, problem.Skv) if backend is None else 1 << 62
-            hopper_backward = hopper_backward_config(problem.D, problem.Dv, length, bool(deterministic))
+            hopper_backward = hopper_backward_config(
+                problem.D, problem.Dv, length, problem.Skv, bool(deterministic), kinds
+            )
     if backend is None:
         backend = "eager" if obstacle or arch == "interpreter" else "triton" if why_no_gluon else "gluon"
     if backend not in ("gluon", "triton"):
@@ -170,7 +173,7 @@ def choose(
 
 
 def kinds_of(mods: Mods) -> frozenset[str]:
-    """What a HopperRow may be for only."""
+    """What a HopperRow or a HopperBackwardRow may be for only."""
     is_regular = not (mods.is_ragged or mods.has_score)
     kinds = {
         "dense": is_regular and not mods.has_mask,
@@ -451,13 +454,16 @@ def _override_hopper(
 
 
 def hopper_backward_shared_memory(config: HopperBackwardConfig, D: int, Dv: int) -> int:
-    """Bytes of shared memory that the Hopper backward needs at most: K, V, stages of Q and dO with lse and delta, dS of
-    two steps, dQ.
+    """Bytes of shared memory that the Hopper backward needs at most: K, V, stages of Q with lse and delta, and of dO;
+    dS, of two consumers of two steps; a part of dQ for each consumer.
     """
-    block_q, block_kv = config.BLOCK_Q, config.BLOCK_KV
+    block_q, block_kv, num_consumers = config.BLOCK_Q, config.BLOCK_KV, config.num_consumers
+    num_parts = config.num_parts(D)
     D, Dv = sum(chunks(D)), sum(chunks(Dv))
-    fused = 2 * 2 * block_q * block_kv + 4 * block_q * D if config.is_fused else 0
-    return 2 * (block_kv + config.num_stages * block_q) * (D + Dv) + config.num_stages * 8 * block_q + fused + 1024
+    held = 2 * block_kv * (D + Dv)
+    staged = config.num_stages * block_q * (2 * D + 8) + config.num_dout_stages * block_q * 2 * Dv
+    fused = num_consumers * (2 * block_q * block_kv + 4 * block_q * D // num_parts) if config.is_fused else 0
+    return held + staged + fused + 1024
 
 
 def hopper_dq_shared_memory(config: HopperDqConfig, D: int, Dv: int) -> int:
@@ -485,8 +491,11 @@ def _hopper_backward(
         chosen = wanted if isinstance(wanted, HopperBackwardConfig) else replace(default, **wanted)
     except TypeError:
         raise UnsupportedError(
-            f"config['dkdv'] = {wanted} should name is_fused, is_held, is_split and num_stages of the Gluon backward"
+            f"config['dkdv'] = {wanted} should name is_fused, is_held, is_split, num_consumers and num_stages of the "
+            "Gluon backward"
         ) from None
+    if chosen.num_consumers not in (1, 2):
+        raise UnsupportedError(f"config['dkdv']: the Gluon backward has 1 or 2 consumers, not {chosen.num_consumers}")
     if chosen.is_fused and deterministic:
         raise UnsupportedError(
             "config['dkdv']: where is_fused, the Gluon backward adds up dq in any order, and deterministic=True was "
@@ -494,10 +503,10 @@ def _hopper_backward(
         )
     if chosen.is_split == (max(D, Dv) <= 128):
         raise UnsupportedError(f"config['dkdv']: is_split is for D or Dv above 128, and they are {D} and {Dv}")
-    if chosen.is_split and (chosen.is_fused or chosen.is_held):
+    if chosen.is_split and (chosen.is_fused or chosen.is_held or chosen.num_consumers == 1):
         raise UnsupportedError(
-            f"config['dkdv']: with D {D} and Dv {Dv} dq is a kernel of its own, and K and V are in shared memory. Try "
-            "is_fused=False, is_held=False"
+            f"config['dkdv']: with D {D} and Dv {Dv} dq is a kernel of its own, K and V are in shared memory, and one "
+            "consumer has dk, another dv. Try is_fused=False, is_held=False, num_consumers=2"
         )
     if chosen.is_held and min(D, Dv) > 64:
         raise UnsupportedError(f"config['dkdv']: with is_held, D or Dv is at most 64, not {D} and {Dv}")

@@ -71,12 +71,12 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
 
 
 def backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Any, is_fused: bool, **of_dq: Any
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Any, of_dkdv: dict[str, Any], **of_dq: Any
 ) -> tuple[Tensor, ...]:
     program = trace(mask, None, q.device)
     mods = Mods.of(text_of(program.mask, program.score), program.bindings.ints, program.bindings.floats)
     problem = Problem.of(q, k, v)
-    chosen = plan.choose(problem, mods, (64, 64), arch="sm_90", config={"dkdv": {"is_fused": is_fused}, **of_dq})
+    chosen = plan.choose(problem, mods, (64, 64), arch="sm_90", config={"dkdv": of_dkdv, **of_dq})
     blocks = block_map(mask, problem.B, problem.Hq, problem.Sq, problem.Skv, device="cpu", tile=64)
     out, lse = torch.empty_like(dout), torch.empty(*q.shape[:3])
     prepared = launch.prepare(q, k, v, mods, program.bindings, blocks, chosen, 0.125)
@@ -84,13 +84,22 @@ def backward(
 
 
 @pytest.mark.parametrize("mask", [None, causal(), document(torch.zeros(90, dtype=torch.int32))], ids=str)
-@pytest.mark.parametrize("is_fused, of_dq", [(False, {}), (False, {"dq": {"BLOCK_Q": 64}}), (True, {})], ids=str)
-def test_what_is_started(launches: list[Launch], is_fused: bool, of_dq: dict[str, Any], mask: Any) -> None:
+@pytest.mark.parametrize(
+    "of_dkdv, of_dq, last",
+    [
+        ({"is_fused": False}, {}, "hopper_dq_kernel"),
+        ({"is_fused": False, "num_consumers": 1}, {"dq": {"BLOCK_Q": 64}}, "dq_kernel"),
+        ({"is_fused": True}, {}, "dq_of_sum_kernel"),
+        ({"is_fused": True, "num_consumers": 1}, {}, "dq_of_sum_kernel"),
+    ],
+)
+def test_what_is_started(
+    launches: list[Launch], of_dkdv: dict[str, Any], of_dq: dict[str, Any], last: str, mask: Any
+) -> None:
     q, k, v, *_ = (x.detach() for x in inputs(2, 4, 2, 90, 80, 64, 128, torch.float16))
     dout = torch.randn(2, 4, 90, 128).half()
-    gradients = backward(dout, q, k, v, mask, is_fused, **of_dq)
-    last = "dq_of_sum_kernel" if is_fused else "dq_kernel" if of_dq else "hopper_dq_kernel"
-    names = ["rows_kernel", "hopper_backward_kernel", last]
+    gradients = backward(dout, q, k, v, mask, of_dkdv, **of_dq)
+    is_fused, names = of_dkdv["is_fused"], ["rows_kernel", "hopper_backward_kernel", last]
     assert [name for name, _ in launches if not name.startswith(("walk", "order"))] == names
     assert (len(launches) > 3) == (mask is not None)  # only a mask is walked
     (_, first), (_, second), (_, third) = launches[-3:]
@@ -127,7 +136,7 @@ def test_what_is_started(launches: list[Launch], is_fused: bool, of_dq: dict[str
 def test_what_tma_cannot_read_is_copied(launches: list[Launch], change: Any) -> None:
     q, k, v = (torch.randn(1, 2, 70, 64).half() for _ in range(3))
     dout = change(torch.randn(1, 2, 70, 64).half())
-    backward(dout, q, k, v, None, True)
+    backward(dout, q, k, v, None, {"is_fused": True})
     copy = launches[1][1][3]
     assert copy is not dout and torch.equal(copy, dout) and plan.is_readable_by_tma(copy)
 
