@@ -151,7 +151,6 @@ class _Call:
             config=None if config is None else json.loads(config),
             deterministic=deterministic,
             tma_obstacle=tma_obstacle_of(q, k, v),
-            has_maps_by_head=kinds.shape[1] > 1,
         )
         return _Call(mods, bindings, block_map, plan, scale)
 

@@ -75,24 +75,6 @@ def test_a_persistent_forward_gives_the_same_bits(D: int, options: dict[str, Any
 
 
 @hopper
-@pytest.mark.parametrize("name", ["", "causal_top_left", "documents_causal", "tree", "every_other_head"])
-def test_heads_that_share_keys_in_a_tile_on_hopper(name: str) -> None:
-    for Hkv, Sq, D, Dv in ((4, 1, 128, 128), (1, 7, 64, 64), (2, 16, 72, 256), (2, 30, 192, 128), (3, 12, 128, 64)):
-        Hq = 8 if Hkv < 3 else Hkv * 4
-        mask = MASKS[name](Sizes(2, Hq, Sq, 290, "cuda")) if name else None
-        run(
-            "gluon",
-            mask,
-            SCORES["linear_bias"](Sizes(2, Hq, Sq, 290, "cuda")),
-            (2, Hq, Hkv, Sq, 290, D, Dv),
-            torch.float16,
-            "cuda",
-            128,
-        )
-        run("gluon", mask, None, (2, Hq, Hkv, Sq, 290, D, Dv), torch.bfloat16, "cuda", 64)
-
-
-@hopper
 def test_persistent_forwards_beside_each_other_and_in_a_graph() -> None:
     q, k, v, *_ = inputs(2, 16, 16, 2048, 2048, 128, 128, torch.bfloat16, "cuda")
     config = {"forward": {"is_persistent": True}}

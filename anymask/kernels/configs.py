@@ -21,11 +21,10 @@ class Config:
 
 @dataclass(frozen=True)
 class HopperConfig:
-    """Tiles of the Hopper forward: 64 rows for each consumer warpgroup. num_stages: tiles of keys in shared memory.
+    """Tiles of the Hopper forward: 64 queries for each consumer warpgroup. num_stages: tiles of keys in shared memory.
 
     has_turns: two consumers issue their products in turns, so that one's softmax overlaps the other's products.
     is_persistent: a program for each multiprocessor, which takes one tile of queries after the other.
-    heads: that share keys and of which a tile has BLOCK_Q // heads queries each: few queries then fill a tile.
     """
 
     BLOCK_Q: int
@@ -33,12 +32,6 @@ class HopperConfig:
     num_stages: int
     has_turns: bool
     is_persistent: bool = False
-    heads: int = 1
-
-    @property
-    def num_queries(self) -> int:
-        """Of a head in a tile."""
-        return self.BLOCK_Q // self.heads
 
     @property
     def num_consumers(self) -> int:
@@ -51,8 +44,7 @@ class HopperConfig:
         return 65536 // (registers * 128 * (self.num_consumers + 1))
 
     def __str__(self) -> str:
-        heads = f", {self.heads} heads" if self.heads > 1 else ""
-        ways = heads + ", in turns" * self.has_turns + ", persistent" * self.is_persistent
+        ways = ", in turns" * self.has_turns + ", persistent" * self.is_persistent
         return f"{self.BLOCK_Q}x{self.BLOCK_KV}, {self.num_consumers} warpgroups{ways}, {self.num_stages} stages"
 
 
@@ -96,18 +88,23 @@ class HopperBackwardConfig:
 
 @dataclass(frozen=True)
 class HopperDqConfig:
-    """Of the Hopper dQ kernel: two warpgroups of 64 queries each.
+    """Of the Hopper dQ kernel: 64 queries for each consumer warpgroup.
 
     num_v_stages: tiles of V in shared memory; of K, which is read until a step ends, there is one more.
+    num_consumers: 2, or 1, of which a multiprocessor runs two programs at a time where they fit.
     """
 
     BLOCK_KV: int
     num_v_stages: int
+    num_consumers: int = 2
 
-    BLOCK_Q: ClassVar[int] = 128
+    @property
+    def BLOCK_Q(self) -> int:
+        return 64 * self.num_consumers
 
     def __str__(self) -> str:
-        return f"{self.BLOCK_Q}x{self.BLOCK_KV} in Gluon, 2 warpgroups, {self.num_v_stages} stages of V"
+        warpgroups = f"{self.num_consumers} warpgroup" + "s" * (self.num_consumers > 1)
+        return f"{self.BLOCK_Q}x{self.BLOCK_KV} in Gluon, {warpgroups}, {self.num_v_stages} stages of V"
 
 
 AnyConfig = Config | HopperConfig | HopperBackwardConfig | HopperDqConfig
@@ -229,6 +226,7 @@ class HopperRow:
     min_Skv: int = 0
     max_Skv: int = 1 << 62
     max_Dv: int = 256
+    max_Sq: int = 1 << 62
 
 
 # H200, bf16, 16,384 tokens in all unless said, 2026-11-22. Numbers are TFLOP/s, no mask / causal, and of documents.
@@ -240,6 +238,8 @@ HOPPER_ROWS = (
     # S 16384 452 / 442, 4096 443 / 416, 1024 434 / 328, 512 398 / 238, documents 326; 128 x 128 444 / 445, 443 / 429,
     # 416 / 327, 380 / 238, 283; the portable kernel 389 / 419, 410 / 279 (S 1024), 355 / 197 (S 512)
     HopperRow(64, HopperConfig(64, 128, 2, False, True)),
+    # heads 32:8, 16 queries, 8,192 keys, 16 sequences: 260 us, 128 x 128 421; the portable kernel 299
+    HopperRow(128, HopperConfig(64, 64, 2, False), max_Sq=64),
     # documents of 128 tokens, 32k in all 160, 128 x 128 125; of 1,170 tokens 421, 421; of 4,680 tokens, 65k 469, 545
     HopperRow(128, HopperConfig(64, 64, 2, False, True), "segmented", max_Skv=32768),
     # S 16384 639 / 613, 8192 640 / 610, 4096 609 / 597, 1024 617 / 452, 512 530 / 320; not persistent 653 / 627,
@@ -255,21 +255,7 @@ HOPPER_ROWS = (
 )
 
 
-# Where heads that share keys are packed into tiles, by the most that max(D, Dv) may be. Not measured yet.
-HOPPER_PACKED = {
-    64: HopperConfig(64, 128, 3, False),
-    128: HopperConfig(64, 64, 2, False),
-    192: HopperConfig(64, 64, 2, False),
-    256: HopperConfig(128, 64, 2, True),
-}
-
-
-def packed_heads(G: int, Sq: int) -> int:
-    """How many of G heads that share keys go into a tile of 64 rows, so that all their queries do: a power of two."""
-    return max(heads for heads in (1, 2, 4, 8) if G % heads == 0 and (heads == 1 or heads * Sq <= 64))
-
-
-def hopper_config(D: int, Dv: int, Skv: int, tile_q: int, kinds: frozenset[str]) -> HopperConfig:
+def hopper_config(D: int, Dv: int, Sq: int, Skv: int, tile_q: int, kinds: frozenset[str]) -> HopperConfig:
     """The forward's for maps with tiles of tile_q queries. kinds: what mask and score function are (HopperRow.only)."""
     max_D = min(row.max_D for row in HOPPER_ROWS if row.max_D >= max(D, Dv))
     return next(
@@ -278,6 +264,7 @@ def hopper_config(D: int, Dv: int, Skv: int, tile_q: int, kinds: frozenset[str])
         if row.max_D == max_D
         and row.max_Dv >= Dv
         and row.min_Skv <= Skv <= row.max_Skv
+        and Sq <= row.max_Sq
         and (not row.only or row.only in kinds)
         and max(row.forward.BLOCK_Q, tile_q) % min(row.forward.BLOCK_Q, tile_q) == 0
     )
@@ -311,18 +298,19 @@ HOPPER_BACKWARD_ROWS = (
     # S 16384 447 / 442, 8192 442 / 422, 2048 397 / 335, 1024 348 / 260, 512 281 / 178, not held 412 / 417, 405 / 399;
     # 390 / 368, 383 / 357, 365 / 309, 358 / 251, 303 / 175
     HopperBackwardRow(64, 64, HopperBackwardConfig(3, is_fused=True, is_held=True), 2048),
+    # causal S 8192 375, 1024 239; the portable one 346, 246
+    HopperBackwardRow(64, 64, HopperBackwardConfig(3, is_fused=False), 2048),
     # D 48, S 8192: - / 290; - / 265. D 32 278 / 269; 281 / 267. D 16 156 / 158; 186 / 157
     HopperBackwardRow(40, 64, HopperBackwardConfig(3, is_fused=True), 2048),
-    # compiled, not measured, and where it ends is the forward's: 32k tokens in 256 documents are to take 157, two
-    # consumers 92
+    # 32k tokens in 256 documents 110, fused 95, two consumers apart 97, fused 92; 16k in 14 342, 327, 325, 329
     HopperBackwardRow(
-        40, 128, HopperBackwardConfig(2, is_fused=True, num_consumers=1), only="segmented", max_Skv=32768
+        40, 128, HopperBackwardConfig(2, is_fused=False, num_consumers=1), only="segmented", max_Skv=32768
     ),
     # S 16384 600 / 552, 8192 548 / 533, 2048 500 / 413, 512 347 / 223, three stages 545 / 553; 420 / 405, 413 / 401,
     # 386 / 342, 280 / 192. S 8192, causal, D 72, 80, 96, 112, 128/64: 336, 380, 413, 467, 433; 222, 249, 303, 340, 356
     HopperBackwardRow(40, 128, HopperBackwardConfig(2, is_fused=True)),
-    # S 16384 443 / 465, 8192 435 / 443, 2048 409 / 372, 512 300 / 195. At D 64 380 / 369, 381 / 355: the portable one
-    HopperBackwardRow(65, 128, HopperBackwardConfig(2, is_fused=False)),
+    # S 16384 462 / -, 8192 - / 457
+    HopperBackwardRow(40, 128, HopperBackwardConfig(2, is_fused=False)),
     HopperBackwardRow(8, 192, HopperBackwardConfig(3, is_fused=False, is_split=True)),
     HopperBackwardRow(8, 256, HopperBackwardConfig(2, is_fused=False, is_split=True)),
 )
@@ -353,22 +341,31 @@ class HopperDqRow:
     max_D: int  # of max(D, Dv)
     dq: HopperDqConfig
     only: str = ""
+    max_Skv: int = 1 << 62
 
 
-# Not measured. Where 128 keys a step need not spill, they take fewer instructions than 64 (D 128, no mask: 418 and 2 x
-# 266) and read less shared memory (3 and 4 KB for 64 x 64 x 16 of a product). But scores spill (softcap, D 128: 248
-# bytes), and in ragged masks tiles of 128 keys hold more pairs that are hidden.
+# H200, bf16, S 8192, 2026-11-22. TFLOP/s of a whole backward, no mask at S 16384 / causal. Scores spill with 128 keys
+# a step (softcap, D 128: 248 bytes).
 HOPPER_DQ_ROWS = (
+    # the portable dQ 431 / 425, 64 keys 452 / 451; D 64 causal 375, the portable dQ 350, 64 keys 349
     HopperDqRow(128, HopperDqConfig(128, 2), "regular"),
+    # two programs a multiprocessor
+    HopperDqRow(128, HopperDqConfig(64, 1, num_consumers=1), "segmented", max_Skv=32768),
+    # 16k tokens in 14 documents 325, 128 keys 323, the portable dQ 290
     HopperDqRow(128, HopperDqConfig(64, 3)),
+    # causal 192/128 354, 160 365, 256 395; before, with the portable dQ, 232, 198, 260
     HopperDqRow(192, HopperDqConfig(64, 2)),
     HopperDqRow(256, HopperDqConfig(64, 1)),
 )
 
 
-def hopper_dq_config(D: int, Dv: int, kinds: frozenset[str]) -> HopperDqConfig:
+def hopper_dq_config(D: int, Dv: int, Skv: int, kinds: frozenset[str]) -> HopperDqConfig:
     """The Hopper dQ's, for D and Dv up to 256. kinds: as of hopper_config."""
-    return next(row.dq for row in HOPPER_DQ_ROWS if row.max_D >= max(D, Dv) and (not row.only or row.only in kinds))
+    return next(
+        row.dq
+        for row in HOPPER_DQ_ROWS
+        if row.max_D >= max(D, Dv) and Skv <= row.max_Skv and (not row.only or row.only in kinds)
+    )
 
 
 # Registers a thread, by number of consumers: at entry, and of each role but the first (which gets what is left) after

@@ -36,18 +36,12 @@ def allocate_tiles(chunks, STAGES: gl.constexpr):
     return tiles
 
 
-@gluon.constexpr_function
-def rows_of(chunk):
-    _, heads, rows, _ = chunk.block_type.shape
-    return heads * rows
-
-
 @gluon.jit
 def accumulators(chunks):
     """Of each chunk: [rows, columns] f32 0, laid out as a warpgroup's product."""
     acc = ()
     for c in gl.static_range(len(chunks)):
-        acc += (accumulator(rows_of(chunks[c]), chunks[c].block_type.shape[3]),)
+        acc += (accumulator(chunks[c].block_type.shape[2], chunks[c].block_type.shape[3]),)
     return acc
 
 

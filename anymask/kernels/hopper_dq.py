@@ -1,4 +1,4 @@
-"""dQ on Hopper (sm_90): a producer warp loads tiles by TMA, two consumer warpgroups of 64 queries each compute.
+"""dQ on Hopper (sm_90): a producer warp loads tiles by TMA, consumer warpgroups of 64 queries each compute.
 
 For the backward whose gradients are bitwise equal from run to run: a program has a tile of queries and walks the keys
 that they see, as the forward does, so nobody else adds to its dQ. A consumer's step: S = Q K^T and dP = dO V^T issued;
@@ -17,8 +17,6 @@ from anymask.kernels.hopper_fwd import indices, row_from, row_of, walks_of
 from anymask.kernels.hopper_pipeline import Ring, read_number, write_number
 from anymask.kernels.record import record
 from anymask.kernels.tile import hidden, log2_probability
-
-NUM_CONSUMERS = gl.constexpr(2)
 
 
 @record
@@ -47,7 +45,6 @@ class Call:
     SCORE: gl.constexpr
     SCORE_GRAD: gl.constexpr
     G: gl.constexpr
-    HEADS: gl.constexpr  # 1, see hopper_fwd.py
     BLOCK_Q: gl.constexpr
     BLOCK_KV: gl.constexpr
     TILE_Q: gl.constexpr
@@ -78,6 +75,7 @@ def load_tiles(call, shared):
     row = row_from(row_of(call, gl.program_id(0)), 0)
     kv_head = row.h // call.G
     masked, full = walks_of(call, row)
+    NUM_CONSUMERS: gl.constexpr = call.BLOCK_Q // ROWS
     for consumer in gl.static_range(NUM_CONSUMERS):
         shared.q.load(consumer, call.q, row.b, row.h, row.q_start + consumer * ROWS)
     for consumer in gl.static_range(NUM_CONSUMERS):
@@ -151,13 +149,13 @@ def gradient_step(i, dq, lse_log2, less_delta, call, row, shared, IS_MASKED: gl.
     kv_start = read_number(shared.tiles.index(i % shared.k.STAGES), 4) * BLOCK_KV
     s = warpgroup_mma_wait(len(v), deps=[s])
     # P    [ROWS, BLOCK_KV] f32
-    h, q_idx, kv_idx = indices(call, row, kv_start, s)
-    p = log2_probability(s, lse_log2, row.b, h, q_idx, kv_idx, call.scale, call.bindings, call.SCORE)
+    q_idx, kv_idx = indices(row, kv_start, s)
+    p = log2_probability(s, lse_log2, row.b, row.h, q_idx, kv_idx, call.scale, call.bindings, call.SCORE)
     p = gl.exp2(shown(p, float("-inf"), call, row, q_idx, kv_idx, IS_MASKED))
     # dS = P * dT/dS * (dP - delta)    [ROWS, BLOCK_KV] f32. In this order S is done with before dP
     if call.SCORE_GRAD is not None:
         bindings = call.bindings
-        p *= call.SCORE_GRAD(s * call.scale, row.b, h, q_idx, kv_idx, bindings[0], bindings[1], bindings[2])
+        p *= call.SCORE_GRAD(s * call.scale, row.b, row.h, q_idx, kv_idx, bindings[0], bindings[1], bindings[2])
         p = shown(p, 0.0, call, row, q_idx, kv_idx, IS_MASKED)
     # K has come, but ptxas moves nothing past this: else it waits for dP before most of the exponentials
     shared.k.wait(i)
@@ -222,6 +220,7 @@ def hopper_dq_kernel(
     SCORE: gl.constexpr,
     SCORE_GRAD: gl.constexpr,
     G: gl.constexpr,
+    BLOCK_Q: gl.constexpr,  # ROWS for each consumer
     BLOCK_KV: gl.constexpr,
     TILE_Q: gl.constexpr,
     TILE_KV: gl.constexpr,
@@ -230,6 +229,7 @@ def hopper_dq_kernel(
     REGISTERS: gl.constexpr,  # of the roles but the first
 ):
     """dq of one tile of queries. Grid: a program for each tile of each head, in the order of work_of."""
+    NUM_CONSUMERS: gl.constexpr = BLOCK_Q // ROWS
     q = chunks_of(q, q_rest)
     k = chunks_of(k, k_rest)
     v = chunks_of(v, v_rest)
@@ -266,19 +266,23 @@ def hopper_dq_kernel(
         SCORE,
         SCORE_GRAD,
         G,
-        1,
-        NUM_CONSUMERS * ROWS,
+        BLOCK_Q,
         BLOCK_KV,
         TILE_Q,
         TILE_KV,
         IS_EVEN_KV,
     )
-    gl.warp_specialize(
-        [
-            (differentiate, (call, shared, gl.constexpr(0))),
-            (differentiate, (call, shared, gl.constexpr(1))),
-            (load_tiles, (call, shared)),
-        ],
-        [4, 1],
-        REGISTERS,
-    )
+    if NUM_CONSUMERS == 1:
+        gl.warp_specialize(
+            [(differentiate, (call, shared, gl.constexpr(0))), (load_tiles, (call, shared))], [1], REGISTERS
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (differentiate, (call, shared, gl.constexpr(0))),
+                (differentiate, (call, shared, gl.constexpr(1))),
+                (load_tiles, (call, shared)),
+            ],
+            [4, 1],
+            REGISTERS,
+        )

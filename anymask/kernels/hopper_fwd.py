@@ -40,8 +40,7 @@ from anymask.kernels.tile import (
     work_of,
 )
 
-# Of a consumer: what one wgmma of a warpgroup takes. They are ROWS // HEADS queries of each of HEADS heads.
-ROWS = gl.constexpr(64)
+ROWS = gl.constexpr(64)  # of a consumer: what one wgmma of a warpgroup takes
 
 
 @record
@@ -68,7 +67,6 @@ class Call:
     MASK: gl.constexpr
     SCORE: gl.constexpr
     G: gl.constexpr
-    HEADS: gl.constexpr
     BLOCK_Q: gl.constexpr
     BLOCK_KV: gl.constexpr
     TILE_Q: gl.constexpr
@@ -79,7 +77,7 @@ class Call:
 
 @record
 class Row:
-    """A tile of queries of HEADS heads from h on, and its steps over tiles of keys: num_masked, then num_full.
+    """A tile of queries of one head, and its steps over tiles of keys: num_masked, then num_full.
 
     map_row: among the rows of all maps.  b < 0: there is no row.
     """
@@ -108,12 +106,6 @@ class Rings:
     out: gl.tuple | gl.constexpr
 
 
-@gluon.constexpr_function
-def queries_of(call, rows):
-    """How many queries of a head so many rows of a tile are."""
-    return rows // call.HEADS
-
-
 # --- the role that finds rows ---
 
 
@@ -128,7 +120,7 @@ def find_rows(call, rings):
     if call.counter is None:
         rings.rows.put(0, row_of(call, number))
     else:
-        num_rows = call.num_rows * (call.TILE_Q // queries_of(call, call.BLOCK_Q)) * call.num_heads
+        num_rows = call.num_rows * (call.TILE_Q // call.BLOCK_Q) * call.num_heads
         n = gl.to_tensor(0)
         while number < num_rows:
             rings.rows.put(n, row_of(call, number))
@@ -147,15 +139,15 @@ def row_of(call, number):
 
     Without a walk it visits all keys: first the tile that hangs over their end, if one does.
     """
-    QUERIES: gl.constexpr = queries_of(call, call.BLOCK_Q)
+    BLOCK_Q: gl.constexpr = call.BLOCK_Q
     BLOCK_KV: gl.constexpr = call.BLOCK_KV
     TILE_Q: gl.constexpr = call.TILE_Q
-    head, rank, part = work_of(number, call.num_rows, call.num_heads, call.heads_together, TILE_Q, QUERIES)
-    b = head * call.HEADS // call.Hq
-    h = head * call.HEADS % call.Hq
+    head, rank, part = work_of(number, call.num_rows, call.num_heads, call.heads_together, TILE_Q, BLOCK_Q)
+    b = head // call.Hq
+    h = head % call.Hq
     if call.walk is None:
         num_full = call.Skv // BLOCK_KV
-        return (b, h, rank * QUERIES, 0, gl.cdiv(call.Skv, BLOCK_KV) - num_full, num_full)
+        return (b, h, rank * BLOCK_Q, 0, gl.cdiv(call.Skv, BLOCK_KV) - num_full, num_full)
     else:
         STEPS: gl.constexpr = call.TILE_KV // BLOCK_KV
         first_row = map_of(call.map_strides, b, h) * call.num_rows
@@ -163,7 +155,7 @@ def row_of(call, number):
         num_masked = num_tiles_of(call.walk, first_row + row, False) * STEPS
         num_full = num_tiles_of(call.walk, first_row + row, True) * STEPS
         map_row = (first_row + row).to(gl.int32)
-        return (b, h, row * TILE_Q + part * QUERIES, map_row, num_masked, num_full)
+        return (b, h, row * TILE_Q + part * BLOCK_Q, map_row, num_masked, num_full)
 
 
 @gluon.jit
@@ -224,9 +216,7 @@ def load_row(call, rings, row, n, i):
     if call.counter is not None and wanted < i:
         rings.rows.want()
     for consumer in gl.static_range(NUM_CONSUMERS):
-        rings.q.load(
-            n * NUM_CONSUMERS + consumer, call.q, row.b, row.h, row.q_start + queries_of(call, consumer * ROWS)
-        )
+        rings.q.load(n * NUM_CONSUMERS + consumer, call.q, row.b, row.h, row.q_start + consumer * ROWS)
     for IS_FULL in gl.static_range(2):
         if IS_FULL:
             tiles = full
@@ -252,25 +242,12 @@ def load_row(call, rings, row, n, i):
 
 
 @gluon.jit
-def positions(call, row, LAYOUT: gl.constexpr):
-    """[ROWS] i32 heads and queries of a consumer's rows; one head is a scalar."""
-    rows = gl.arange(0, ROWS, layout=LAYOUT)
-    if call.HEADS == 1:
-        return row.h, row.q_start + rows
-    else:
-        QUERIES: gl.constexpr = queries_of(call, ROWS)
-        return row.h + rows // QUERIES, row.q_start + rows % QUERIES
-
-
-@gluon.jit
-def indices(call, row, kv_start, s):
-    """Heads [ROWS, 1] or one, [ROWS, 1] and [1, BLOCK_KV] i32 positions of s."""
+def indices(row, kv_start, s):
+    """[ROWS, 1] and [1, BLOCK_KV] i32 positions of s."""
     LAYOUT: gl.constexpr = s.type.layout
-    h, q_idx = positions(call, row, gl.SliceLayout(1, LAYOUT))
-    if call.HEADS > 1:
-        h = h[:, None]
+    q_idx = row.q_start + gl.arange(0, s.shape[0], layout=gl.SliceLayout(1, LAYOUT))
     kv_idx = kv_start + gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, LAYOUT))
-    return h, q_idx[:, None], kv_idx[None, :]
+    return q_idx[:, None], kv_idx[None, :]
 
 
 @gluon.jit
@@ -282,16 +259,16 @@ def scores(call, row, kv_start, s):
     if call.SCORE is None:
         return s, call.scale * LOG2_E
     else:
-        h, q_idx, kv_idx = indices(call, row, kv_start, s)
-        s = natural_score(s, row.b, h, q_idx, kv_idx, call.scale, call.bindings, call.SCORE)
+        q_idx, kv_idx = indices(row, kv_start, s)
+        s = natural_score(s, row.b, row.h, q_idx, kv_idx, call.scale, call.bindings, call.SCORE)
         return s, gl.to_tensor(LOG2_E)
 
 
 @gluon.jit
 def shown(call, row, kv_start, s):
     """s, and -inf where the mask hides the pair or there is no such key."""
-    h, q_idx, kv_idx = indices(call, row, kv_start, s)
-    s = hidden(s, float("-inf"), 0, 0, row.b, h, q_idx, kv_idx, call.bindings, call.MASK, False)
+    q_idx, kv_idx = indices(row, kv_start, s)
+    s = hidden(s, float("-inf"), 0, 0, row.b, row.h, q_idx, kv_idx, call.bindings, call.MASK, False)
     if not call.IS_EVEN_KV:
         end, column = near(call.Skv, kv_idx)
         s = gl.where(column < end, s, float("-inf"))
@@ -385,8 +362,7 @@ def store_chunk(out, rings, acc, factor, row, column, C: gl.constexpr, WARPGROUP
     if rings.out is None:
         # Q has been read
         LAYOUT: gl.constexpr = out.layout
-        SHAPE: gl.constexpr = out.block_type.shape
-        staged = seen_as(rings.q.tiles[C].index(WARPGROUP), out.dtype, SHAPE, LAYOUT)
+        staged = seen_as(rings.q.tiles[C].index(WARPGROUP), out.dtype, [1, 1, ROWS, acc.shape[1]], LAYOUT)
     else:
         staged = rings.out[C].index(WARPGROUP)
     factor = gl.convert_layout(factor, gl.SliceLayout(1, O_LAYOUT))
@@ -397,20 +373,19 @@ def store_chunk(out, rings, acc, factor, row, column, C: gl.constexpr, WARPGROUP
 
 @gluon.jit
 def attend(call, rings, WARPGROUP: gl.constexpr):
-    """Role of a warpgroup: out and lse of ROWS rows of each tile of queries that the program works on."""
-    OFFSET: gl.constexpr = queries_of(call, WARPGROUP * ROWS)
+    """Role of a warpgroup: out and lse of ROWS queries, of each row of a persistent program."""
     n = gl.to_tensor(0)
     i = gl.to_tensor(0)
     if call.HAS_TURNS and WARPGROUP == 1:
         pass_turn(WARPGROUP)
-    row = taken_row(rings, n, OFFSET, 4)
+    row = taken_row(rings, n, WARPGROUP * ROWS, 4)
     if call.counter is None:
         attend_row(call, rings, row, n, i, WARPGROUP)
     else:
         while row.b >= 0:
             i = attend_row(call, rings, row, n, i, WARPGROUP)
             n += 1
-            row = taken_row(rings, n, OFFSET, 4)
+            row = taken_row(rings, n, WARPGROUP * ROWS, 4)
     tma.store_wait(0)
     if call.HAS_TURNS and WARPGROUP == 0:
         wait_turn(WARPGROUP)  # the turn that the other passed on last
@@ -467,9 +442,9 @@ def attend_row(call, rings, row, n, first, WARPGROUP: gl.constexpr):
     has_key = softmax.row_sum > 0
     row_sum = gl.where(has_key, softmax.row_sum, 1.0)
     lse = gl.where(has_key, (softmax.row_max + gl.log2(row_sum)) * LN_2, float("-inf"))
-    h, q_idx = positions(call, row, gl.SliceLayout(1, S_LAYOUT))
-    head = row.b.to(gl.int64) * call.Hq + h
-    gl.store(call.lse_pointer + head * call.Sq + q_idx, lse, mask=q_idx < call.Sq)
+    rows = row.q_start + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S_LAYOUT))
+    head = row.b.to(gl.int64) * call.Hq + row.h
+    gl.store(call.lse_pointer + head * call.Sq + rows, lse, mask=rows < call.Sq)
     if call.counter is not None:
         tma.store_wait(0)  # the last row has left its place
     inverse = 1.0 / row_sum
@@ -488,7 +463,7 @@ def fits(out, q):
 
 @gluon.jit(do_not_specialize=["num_words", "num_rows", "num_heads", "heads_together", "Hq", "Sq", "Skv"])
 def hopper_forward_kernel(
-    q,  # descriptors: [B, Hq, Sq, D] in blocks of ROWS and as many columns as the first chunk has, of HEADS heads
+    q,  # descriptors: [B, Hq, Sq, D] in blocks of ROWS and as many columns as the first chunk has
     q_rest,  # and the second one, or None
     k,  # [B, Hkv, Skv, D] in blocks of BLOCK_KV
     k_rest,
@@ -512,7 +487,6 @@ def hopper_forward_kernel(
     MASK: gl.constexpr,  # None: it shows all
     SCORE: gl.constexpr,  # None: the score is scale * qk, and scale > 0
     G: gl.constexpr,
-    HEADS: gl.constexpr,  # of one key/value head that a tile of queries has: each has BLOCK_Q // HEADS of its rows
     BLOCK_Q: gl.constexpr,  # ROWS for each consumer
     BLOCK_KV: gl.constexpr,
     TILE_Q: gl.constexpr,
@@ -564,7 +538,6 @@ def hopper_forward_kernel(
         MASK,
         SCORE,
         G,
-        HEADS,
         BLOCK_Q,
         BLOCK_KV,
         TILE_Q,

@@ -44,7 +44,7 @@ def forward_recipe(
     """
     Hq, Sq, Skv = q.shape[1], q.shape[2], k.shape[2]
     num_rows, num_heads = walk[3:5]
-    programs = num_heads * num_rows * tile[0] // config.num_queries
+    programs = num_heads * num_rows * tile[0] // config.BLOCK_Q
     if config.is_persistent:
         programs = min(programs, _num_multiprocessors(q.device) * config.programs_together)
     registers, of_roles = HOPPER_REGISTERS[config.num_consumers]
@@ -52,10 +52,10 @@ def forward_recipe(
         q.device,
         hopper_forward_kernel,
         programs,
-        *_descriptors(q, CONSUMER_ROWS, heads=config.heads),
+        *_descriptors(q, CONSUMER_ROWS),
         *_descriptors(k, config.BLOCK_KV),
         *_descriptors(v, config.BLOCK_KV),
-        *_descriptors(out, CONSUMER_ROWS, heads=config.heads),
+        *_descriptors(out, CONSUMER_ROWS),
         TENSOR,
         TENSOR if config.is_persistent else None,
         *walk,
@@ -67,7 +67,6 @@ def forward_recipe(
         MASK=mask,
         SCORE=score,
         G=Hq // k.shape[1],
-        HEADS=config.heads,
         BLOCK_Q=config.BLOCK_Q,
         BLOCK_KV=config.BLOCK_KV,
         TILE_Q=tile[0],
@@ -161,7 +160,7 @@ def backward_recipe(
         *_descriptors(k, CONSUMER_ROWS),
         *_descriptors(v, CONSUMER_ROWS),
         *_descriptors(dout, CONSUMER_ROWS),
-        _descriptor(rows_layout(q), (1, 2, CONSUMER_ROWS)),
+        _descriptor(rows_layout(q), (2, CONSUMER_ROWS)),
         *(_descriptors(sum_layout(q), CONSUMER_ROWS, config.num_parts(D)) if config.is_fused else (None, None)),
         *_descriptors(dk, CONSUMER_ROWS),
         *_descriptors(dv, CONSUMER_ROWS),
@@ -208,7 +207,7 @@ def dq_recipe(
     """For q, k, v, dout, dq, rows, the walk's tensors, captured ones. Arguments as of forward_recipe."""
     (_, Hq, Sq, _), (_, Hkv, Skv, _) = q.shape, k.shape
     num_rows, num_heads = walk[3:5]
-    registers, of_roles = HOPPER_REGISTERS[config.BLOCK_Q // CONSUMER_ROWS]
+    registers, of_roles = HOPPER_REGISTERS[config.num_consumers]
     return Recipe(
         q.device,
         hopper_dq_kernel,
@@ -230,6 +229,7 @@ def dq_recipe(
         SCORE=score,
         SCORE_GRAD=score_gradient,
         G=Hq // Hkv,
+        BLOCK_Q=config.BLOCK_Q,
         BLOCK_KV=config.BLOCK_KV,
         TILE_Q=tile[0],
         TILE_KV=tile[1],
@@ -262,17 +262,16 @@ def dq_of_sum_recipe(dq: Layout, scale: float, addressing: dict[str, Any]) -> Re
     )
 
 
-def _descriptors(x: Layout, rows: int, parts: int = 1, heads: int = 1) -> tuple[Descriptor, Descriptor | None]:
-    """x [B, H, S, D] in blocks of so many rows, of so many heads in all, and of a part of the columns of each chunk."""
+def _descriptors(x: Layout, rows: int, parts: int = 1) -> tuple[Descriptor, Descriptor | None]:
+    """x [B, H, S, D] in blocks of so many rows and of a part of the columns of each chunk of D."""
     first, *rest = chunks(x.shape[3])
-    of_head = rows // heads
-    others = [_descriptor(x, (heads, of_head, columns // parts), is_again=True) for columns in rest]
-    return _descriptor(x, (heads, of_head, first // parts)), others[0] if others else None
+    others = [_descriptor(x, (rows, columns // parts), is_again=True) for columns in rest]
+    return _descriptor(x, (rows, first // parts)), others[0] if others else None
 
 
-def _descriptor(x: Layout, block: tuple[int, int, int], is_again: bool = False) -> Descriptor:
-    """x [B, H, S, D] for TMA, in such blocks of one batch."""
+def _descriptor(x: Layout, block: tuple[int, int], is_again: bool = False) -> Descriptor:
+    """x [B, H, S, D] for TMA, in such blocks of one head."""
     # a dimension of size 1 may have any stride, also one that TMA does not take
     strides = [stride if size > 1 else 8 for size, stride in zip(x.shape[:3], x.strides, strict=False)]
-    layout = gl.NVMMASharedLayout.get_default_for([1, *block], DTYPES[x.dtype])
-    return Descriptor(list(x.shape), [*strides, 1], [1, *block], layout, is_again)
+    layout = gl.NVMMASharedLayout.get_default_for([1, 1, *block], DTYPES[x.dtype])
+    return Descriptor(list(x.shape), [*strides, 1], [1, 1, *block], layout, is_again)

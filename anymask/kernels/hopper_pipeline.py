@@ -61,7 +61,7 @@ class Ring:
     A tile is in chunks of columns, side by side, each with a descriptor of the tensor: D = 96 as 64 + 32.
     """
 
-    tiles: gl.tuple  # of each chunk: [STAGES, 1, heads, BLOCK, columns]
+    tiles: gl.tuple  # of each chunk: [STAGES, 1, 1, BLOCK, columns]
     full: gl.shared_memory_descriptor  # [STAGES, 1]
     empty: gl.shared_memory_descriptor  # [STAGES, 1]
     STAGES: gl.constexpr
@@ -113,7 +113,7 @@ class Ring:
     def tile(self, i, C: gl.constexpr, zero=0):
         """[BLOCK, columns] of chunk C of load i. zero: 0, which the compiler may not know (see gradient_step)."""
         tiles = self.tiles[C]
-        return tiles.index(i % self.STAGES + zero).reshape([tiles.shape[2] * tiles.shape[3], tiles.shape[4]])
+        return tiles.index(i % self.STAGES + zero).reshape([tiles.shape[3], tiles.shape[4]])
 
     @gluon.jit
     def chunks(self, i, zero=0):

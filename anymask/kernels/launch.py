@@ -349,19 +349,18 @@ def _forward_recipe(alike: Likeness) -> Recipe:
     assert config is not None, "a plan of another backend"
     tile_q, tile_kv = walk_shapes(plan, alike.tile)[0][0]
     maps = alike.maps_of("forward")
-    near, heads = None, 1
+    near = None
     if isinstance(config, HopperConfig):
         near = "kv_idx"
-        heads = config.heads
         if maps is None:
-            tile_q, tile_kv = config.num_queries, config.BLOCK_KV
+            tile_q, tile_kv = config.BLOCK_Q, config.BLOCK_KV
     # rows past the end are not stored, and keys past the end hidden
     overhang = _overhang(Sq % tile_q, Skv % tile_kv)
     mask, score, _ = _functions(alike.mods, wide, plan.is_ptx, overhang, False, near)
     if score is None and scale <= 0:  # the identity: the kernel's short cut needs scale > 0
         score = _function(alike.mods.score, "score", wide, plan.is_ptx, overhang, near)
     num_rows, head_bytes = _ceil(Sq, tile_q), Skv * (D + Dv) * alike.q.dtype.itemsize
-    walk = _walk_arguments(maps, _ceil(Skv, tile_kv), num_rows, B * Hq // heads, Hq // Hkv // heads, head_bytes, plan)
+    walk = _walk_arguments(maps, _ceil(Skv, tile_kv), num_rows, B * Hq, Hq // Hkv, head_bytes, plan)
     if isinstance(config, HopperConfig):
         from anymask.kernels.hopper_launch import forward_recipe
 

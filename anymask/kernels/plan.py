@@ -17,7 +17,6 @@ from anymask.expr.ir import DType, Op
 from anymask.expr.mods import Mods
 from anymask.kernels.configs import (
     FAMILIES,
-    HOPPER_PACKED,
     RAGGED_BYTES,
     REGULAR_BYTES,
     SHARED_LIMITS,
@@ -31,7 +30,6 @@ from anymask.kernels.configs import (
     hopper_config,
     hopper_dq_config,
     lookup,
-    packed_heads,
 )
 from anymask.problem import Problem
 
@@ -94,7 +92,6 @@ def choose(
     config: Mapping[str, AnyConfig | Mapping[str, Any]] | None = None,
     deterministic: bool | None = None,
     tma_obstacle: str | None = None,
-    has_maps_by_head: bool = False,
 ) -> Plan:
     """The plan of a call whose map has tiles of `tile` (queries, keys) on `arch` (see arch_of).
 
@@ -104,7 +101,7 @@ def choose(
     num_v_stages among them, for the Hopper one, any others for the portable one. All are obeyed or raise
     UnsupportedError.
     deterministic: every kernel is but the Hopper backward where is_fused, which is taken without.  tma_obstacle: what
-    keeps TMA from reading q, k and v (see tma_obstacle_of).  has_maps_by_head: heads do not share one map.
+    keeps TMA from reading q, k and v (see tma_obstacle_of).
     """
     if backend is not None and backend not in BACKENDS:
         raise UnsupportedError(f"backend={backend!r} is none of {', '.join(BACKENDS)}")
@@ -124,19 +121,16 @@ def choose(
             why_no_gluon = why_no_gluon or "config= sets the portable forward"
     elif backend == "triton":
         why_no_gluon = why_no_hopper = "backend='triton'"
-    hopper = hopper_backward = None
+    hopper = hopper_backward = hopper_dq = None
     if not (obstacle or why_no_gluon):
         kinds = kinds_of(mods)
-        hopper = hopper_config(problem.D, problem.Dv, problem.Skv, tile[0], kinds)
-        heads = 1 if has_maps_by_head else packed_heads(problem.G, problem.Sq)
-        if heads > 1:
-            packed = next(packed for max_D, packed in HOPPER_PACKED.items() if max_D >= max(problem.D, problem.Dv))
-            hopper = replace(packed, heads=heads)
+        hopper = hopper_config(problem.D, problem.Dv, problem.Sq, problem.Skv, tile[0], kinds)
         if not (config and {"dkdv", "dq"} & set(config)):
             length = min(problem.Sq, problem.Skv) if backend is None else 1 << 62
             hopper_backward = hopper_backward_config(
                 problem.D, problem.Dv, length, problem.Skv, bool(deterministic), kinds
             )
+            hopper_dq = hopper_backward and _hopper_dq_beside(hopper_backward, problem, mods)
     if backend is None:
         backend = "eager" if obstacle or arch == "interpreter" else "triton" if why_no_gluon else "gluon"
     if backend not in ("gluon", "triton"):
@@ -150,9 +144,8 @@ def choose(
     if unknown:
         raise UnsupportedError(f"config= has the keys {sorted(unknown)}; it takes {', '.join(KERNELS)}")
     precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-    plan = _tuned(
-        problem.D, problem.Dv, problem.dtype, mods, tile, arch, precision, hopper, hopper_backward, why_no_gluon
-    )
+    dims = problem.D, problem.Dv, problem.dtype
+    plan = _tuned(*dims, mods, tile, arch, precision, hopper, hopper_backward, hopper_dq, why_no_gluon)
     if not config:
         return plan
     need = Need.of(problem.D, problem.Dv, problem.dtype, mods, family_of(arch))
@@ -160,11 +153,11 @@ def choose(
     for kernel in (kernel for kernel in KERNELS if kernel in config):
         default = getattr(plan, kernel)
         if kernel == "dkdv" and _is_hopper_backward(config[kernel]):
-            wanted |= _hopper_backward(config, why_no_hopper, deterministic, problem.D, problem.Dv, mods)
+            wanted |= _hopper_backward(config, why_no_hopper, deterministic, problem, mods)
         elif kernel == "dq" and _is_hopper_dq(config[kernel]):
-            wanted[kernel] = _hopper_dq(config, problem.D, problem.Dv, mods)
+            wanted[kernel] = _hopper_dq(config, problem, mods)
         elif isinstance(default, HopperConfig):
-            wanted[kernel] = _override_hopper(default, config[kernel], tile, problem, has_maps_by_head)
+            wanted[kernel] = _override_hopper(default, config[kernel], tile, problem.D, problem.Dv)
         else:
             wanted[kernel] = _override(kernel, default, config[kernel], need)
     plan = replace(plan, **wanted)
@@ -195,11 +188,13 @@ def _tuned(
     precision: str,
     hopper: HopperConfig | None,
     hopper_backward: HopperBackwardConfig | None,
+    hopper_dq: HopperDqConfig | None,
     why_no_gluon: str | None,
 ) -> Plan:
     """The plan that the tuning rows give.
 
-    hopper, hopper_backward: of both ways, None: it is the portable one.  why_no_gluon: for the forward.
+    hopper, hopper_backward: of both ways, None: it is the portable one. hopper_dq: beside hopper_backward, None where
+    that is portable, or computes dQ too.  why_no_gluon: for the forward.
     """
     family = family_of(arch)
     arithmetic = "half" if dtype.itemsize == 2 else "ieee" if family == "interpreter" else precision
@@ -212,7 +207,7 @@ def _tuned(
         runs = "gluon forward and triton backward"
     if hopper_backward:
         runs = "gluon"
-        chosen |= _with_dq(hopper_backward, D, Dv, mods)
+        chosen |= {"dkdv": hopper_backward, "dq": hopper_dq}
     says = "; ".join(f"{kernel} {chosen[kernel]}" for kernel in KERNELS if chosen[kernel])
     works = " with a score function" if mods.has_score else ""
     why = f"{runs} on {arch}, {arithmetic}, D {D}, Dv {Dv}{works}: {says}"
@@ -250,8 +245,7 @@ def walk_shapes(plan: Plan, tile: tuple[int, int]) -> tuple[Shape, ...]:
     for kernel in KERNELS:
         config: AnyConfig | None = getattr(plan, kernel)
         if config is not None:
-            num_queries = config.num_queries if isinstance(config, HopperConfig) else config.BLOCK_Q
-            shapes[kernel] = (max(tile[0], num_queries), max(tile[1], config.BLOCK_KV)), kernel == "dkdv"
+            shapes[kernel] = (max(tile[0], config.BLOCK_Q), max(tile[1], config.BLOCK_KV)), kernel == "dkdv"
     return tuple(shapes.get(kernel, shapes["dkdv"]) for kernel in KERNELS)
 
 
@@ -417,35 +411,27 @@ def hopper_shared_memory(config: HopperConfig, D: int, Dv: int) -> int:
     return 2 * (config.BLOCK_Q * staged + config.num_stages * config.BLOCK_KV * (D + Dv)) + 1024
 
 
-def _override_hopper(
-    default: HopperConfig, wanted: Any, tile: tuple[int, int], problem: Problem, has_maps_by_head: bool
-) -> HopperConfig:
+def _override_hopper(default: HopperConfig, wanted: Any, tile: tuple[int, int], D: int, Dv: int) -> HopperConfig:
     """The user's config of the Hopper forward, checked."""
     try:
         config = wanted if isinstance(wanted, HopperConfig) else replace(default, **wanted)
     except TypeError:
         raise UnsupportedError(
-            f"config['forward'] = {wanted} should name BLOCK_Q, BLOCK_KV, num_stages, has_turns, is_persistent or "
-            "heads of the Gluon forward"
+            f"config['forward'] = {wanted} should name BLOCK_Q, BLOCK_KV, num_stages, has_turns or is_persistent of "
+            "the Gluon forward"
         ) from None
     if config.BLOCK_Q not in (64, 128, 192) or config.BLOCK_KV not in (64, 128) or config.num_stages < 1:
         raise UnsupportedError(
             "config['forward']: the Gluon forward takes BLOCK_Q 64, 128 or 192, BLOCK_KV 64 or 128, num_stages from 1 "
             f"on: {config}"
         )
-    if config.heads not in (1, 2, 4, 8) or problem.G % config.heads or (config.heads > 1 and has_maps_by_head):
-        raise UnsupportedError(
-            f"config['forward']: heads={config.heads} should be 1, 2, 4 or 8 and divide the {problem.G} query heads "
-            "that share keys; and 1 where the mask differs by head"
-        )
-    num_queries = config.num_queries
-    if max(num_queries, tile[0]) % min(num_queries, tile[0]):
-        raise UnsupportedError(f"config['forward']: {num_queries} queries and the map's {tile[0]}: none divides")
-    if config.num_consumers != 2 and max(chunks(problem.Dv)) > 128:
-        raise UnsupportedError(f"config['forward']: with Dv {problem.Dv} BLOCK_Q is 128, not {config.BLOCK_Q}")
+    if max(config.BLOCK_Q, tile[0]) % min(config.BLOCK_Q, tile[0]):
+        raise UnsupportedError(f"config['forward']: BLOCK_Q={config.BLOCK_Q} and the map's {tile[0]}: none divides")
+    if config.num_consumers != 2 and max(chunks(Dv)) > 128:
+        raise UnsupportedError(f"config['forward']: with Dv {Dv} BLOCK_Q is 128, not {config.BLOCK_Q}")
     if config.has_turns and config.num_consumers != 2:
         raise UnsupportedError(f"config['forward']: two warpgroups take turns, not {config.num_consumers}")
-    size, limit = hopper_shared_memory(config, problem.D, problem.Dv), SHARED_LIMITS["sm_90"]
+    size, limit = hopper_shared_memory(config, D, Dv), SHARED_LIMITS["sm_90"]
     if size > limit:
         raise UnsupportedError(
             f"config['forward']: {config} takes {size} bytes of shared memory of {limit}. Try fewer stages"
@@ -478,7 +464,7 @@ def _is_hopper_backward(wanted: Any) -> bool:
 
 
 def _hopper_backward(
-    config: Mapping[str, Any], why_not: str | None, deterministic: bool | None, D: int, Dv: int, mods: Mods
+    config: Mapping[str, Any], why_not: str | None, deterministic: bool | None, problem: Problem, mods: Mods
 ) -> dict[str, Any]:
     """What the user's config["dkdv"] makes of the plan, checked. why_not: why no Hopper kernel can run."""
     wanted = config["dkdv"]
@@ -486,6 +472,7 @@ def _hopper_backward(
         raise UnsupportedError(
             f"config['dkdv'] = {wanted} asks for the Gluon backward, which cannot run this: {why_not}"
         )
+    D, Dv = problem.D, problem.Dv
     try:
         default = hopper_backward_default(D, Dv)
         chosen = wanted if isinstance(wanted, HopperBackwardConfig) else replace(default, **wanted)
@@ -517,19 +504,21 @@ def _hopper_backward(
         raise UnsupportedError(
             f"config['dkdv']: {chosen} takes {size} bytes of shared memory of {limit}. Try other num_stages"
         )
-    return {"dkdv": chosen} if "dq" in config else _with_dq(chosen, D, Dv, mods)
+    return {"dkdv": chosen} if "dq" in config else {"dkdv": chosen, "dq": _hopper_dq_beside(chosen, problem, mods)}
 
 
-def _with_dq(backward: HopperBackwardConfig, D: int, Dv: int, mods: Mods) -> dict[str, Any]:
-    """The configs of dK and dV, and of dQ beside them, None where they are fused."""
-    return {"dkdv": backward, "dq": None if backward.is_fused else hopper_dq_config(D, Dv, kinds_of(mods))}
+def _hopper_dq_beside(backward: HopperBackwardConfig, problem: Problem, mods: Mods) -> HopperDqConfig | None:
+    """None where dq is fused with dk and dv."""
+    if backward.is_fused:
+        return None
+    return hopper_dq_config(problem.D, problem.Dv, problem.Skv, kinds_of(mods))
 
 
 def _is_hopper_dq(wanted: Any) -> bool:
     return isinstance(wanted, HopperDqConfig) or (isinstance(wanted, Mapping) and "num_v_stages" in wanted)
 
 
-def _hopper_dq(config: Mapping[str, Any], D: int, Dv: int, mods: Mods) -> HopperDqConfig:
+def _hopper_dq(config: Mapping[str, Any], problem: Problem, mods: Mods) -> HopperDqConfig:
     """The user's config["dq"] of the Hopper kernel, checked; that of config["dkdv"] is checked by itself."""
     wanted = config["dq"]
     if not _is_hopper_backward(config.get("dkdv")):
@@ -538,17 +527,22 @@ def _hopper_dq(config: Mapping[str, Any], D: int, Dv: int, mods: Mods) -> Hopper
             "{'is_fused': False}"
         )
     try:
-        default = hopper_dq_config(D, Dv, kinds_of(mods))
+        default = hopper_dq_config(problem.D, problem.Dv, problem.Skv, kinds_of(mods))
         chosen = wanted if isinstance(wanted, HopperDqConfig) else replace(default, **wanted)
     except TypeError:
         raise UnsupportedError(
-            f"config['dq'] = {wanted} should name BLOCK_KV and num_v_stages of the Gluon dq"
+            f"config['dq'] = {wanted} should name BLOCK_KV, num_v_stages and num_consumers of the Gluon dq"
         ) from None
-    size, limit = hopper_dq_shared_memory(chosen, D, Dv), SHARED_LIMITS["sm_90"]
-    if chosen.BLOCK_KV not in (64, 128) or chosen.num_v_stages < 1 or size > limit:
+    size, limit = hopper_dq_shared_memory(chosen, problem.D, problem.Dv), SHARED_LIMITS["sm_90"]
+    if (
+        chosen.BLOCK_KV not in (64, 128)
+        or chosen.num_v_stages < 1
+        or chosen.num_consumers not in (1, 2)
+        or size > limit
+    ):
         raise UnsupportedError(
-            f"config['dq']: the Gluon dq takes BLOCK_KV 64 or 128, num_v_stages from 1 on and {limit} bytes of shared "
-            f"memory: {chosen} would take {size}"
+            f"config['dq']: the Gluon dq takes BLOCK_KV 64 or 128, num_v_stages from 1 on, 1 or 2 consumers and "
+            f"{limit} bytes of shared memory: {chosen} would take {size}"
         )
     return chosen
 
