@@ -26,6 +26,7 @@ hopper = pytest.mark.skipif(not IS_HOPPER, reason="needs a Hopper GPU")
 FUSED, APART = ({"dkdv": {"is_fused": is_fused}} for is_fused in (True, False))
 LONE, LONE_APART = ({"dkdv": {"is_fused": is_fused, "num_consumers": 1}} for is_fused in (True, False))
 HELD = {"dkdv": {"is_fused": True, "is_held": True}}
+BACKWARDS = (FUSED, APART, LONE, LONE_APART)
 
 
 @pytest.mark.parametrize("i, name", list(enumerate(MASKS)))
@@ -110,27 +111,28 @@ def test_persistent_forwards_beside_each_other_and_in_a_graph() -> None:
 def test_mask_on_hopper(i: int, name: str) -> None:
     D, dtype, tile = ((64, torch.bfloat16, 64), (128, torch.float16, 128))[i % 2]
     sizes = (2, 4, 2, 333, 290, D, D)
-    for config in (APART if i % 5 == 0 else FUSED, LONE):
-        run("gluon", MASKS[name](Sizes(2, 4, 333, 290, "cuda")), None, sizes, dtype, "cuda", tile, config=config)
+    config = BACKWARDS[i // 2 % 4]
+    run("gluon", MASKS[name](Sizes(2, 4, 333, 290, "cuda")), None, sizes, dtype, "cuda", tile, config=config)
 
 
 @hopper
-@pytest.mark.parametrize("config", [FUSED, APART, LONE], ids=["fused", "apart", "one consumer"])
-@pytest.mark.parametrize("mask", [None, causal()], ids=["unmasked", "causal"])
-@pytest.mark.parametrize("name", SCORES)
-def test_score_function_on_hopper(name: str, mask: Any, config: Any) -> None:
+@pytest.mark.parametrize("i, name", list(enumerate(SCORES)))
+def test_score_function_on_hopper(i: int, name: str) -> None:
     sizes = (2, 4, 2, 200, 170, 128, 64)
     score_mod = SCORES[name](Sizes(2, 4, 200, 170, "cuda"))
-    run("gluon", mask, score_mod, sizes, torch.bfloat16, "cuda", 128, config=config)
+    for j, mask in enumerate((None, causal())):
+        config = BACKWARDS[(i + j) % 4]
+        run("gluon", mask, score_mod, sizes, torch.bfloat16, "cuda", 128, config=config)
 
 
 @hopper
 @pytest.mark.parametrize("D, Dv", [(64, 64), (64, 128), (128, 64), (128, 128)])
-@pytest.mark.parametrize("S", [(1, 1), (128, 128), (127, 129), (700, 1500), (1500, 700)], ids=str)
 @pytest.mark.parametrize("heads", [(4, 4), (4, 1)], ids=str)
-def test_sizes_on_hopper(heads: tuple[int, int], S: tuple[int, int], D: int, Dv: int) -> None:
-    for mask in (None, sliding_window(300, 20)):
-        for config in (FUSED, APART, LONE, LONE_APART, HELD)[: 5 if min(D, Dv) == 64 else 4]:
+def test_sizes_on_hopper(heads: tuple[int, int], D: int, Dv: int) -> None:
+    configs = (*BACKWARDS, HELD)[: 5 if min(D, Dv) == 64 else 4]
+    for i, S in enumerate(((1, 1), (7, 200), (128, 128), (127, 129), (700, 1500), (1500, 700))):
+        for j, mask in enumerate((None, sliding_window(300, 20))):
+            config = configs[(i + j) % len(configs)]
             run("gluon", mask, None, (2, *heads, *S, D, Dv), torch.bfloat16, "cuda", 128, config=config)
 
 
@@ -145,10 +147,17 @@ def test_map_tiles_on_hopper(tile: int, config: Any) -> None:
 
 @hopper
 @pytest.mark.parametrize(
-    "tiles", [{}, {"BLOCK_KV": 64, "num_v_stages": 1}, {"BLOCK_KV": 128, "num_v_stages": 1}], ids=str
+    "tiles",
+    [
+        {},
+        {"BLOCK_KV": 64, "num_v_stages": 1},
+        {"BLOCK_KV": 128, "num_v_stages": 1},
+        {"BLOCK_KV": 64, "num_v_stages": 1, "num_consumers": 1},
+    ],
+    ids=str,
 )
 def test_dq_kernels_beside_the_hopper_backward(tiles: dict[str, int]) -> None:
-    """The portable one, and the Hopper one with both widths."""
+    """The portable one, and the Hopper one of each shape."""
     for mask in (None, causal()):
         sizes = (2, 4, 2, 300, 270, 64, 128)
         run("gluon", mask, None, sizes, torch.bfloat16, "cuda", 64, config=APART | {"dq": tiles})
