@@ -6,8 +6,8 @@
 
 Masked cases also run the kernels that build maps and walks. Each case runs twice: the second time by prepared launches.
 
-`control` is a kernel of nothing but roles, and numbers that one writes, then arrives at an mbarrier for which others wait
-before they read: what PTX asks for. racecheck reports it all the same, for these numbers and for how Triton hands
+`control` is a kernel of nothing but roles, and numbers that one writes, then arrives at an mbarrier for which others
+wait before they read: what PTX asks for. racecheck reports it all the same, for these numbers and for how Triton hands
 arguments to roles. A Hopper kernel is clean where racecheck reports nothing but these two.
 """
 

@@ -54,8 +54,8 @@ class HopperBackwardConfig:
 
     is_fused: it adds up dQ too, in whatever order its programs come. Else dQ has a kernel of its own.
     is_held: K and V of head dim 64 stay in registers: fewer reads of shared memory for 32 instructions a step.
-    is_split: one warpgroup has dK, the other dV, of the same 64 keys, and S and P are computed twice: registers do for
-    both up to head dim 128 alone. Else each has both, of 64 keys of its own.
+    is_split: of the same 64 keys one warpgroup has S, P and dV, the other dP, dS and dK: registers do for both up to
+    head dim 128 alone. Else each has both, of 64 keys of its own.
     num_consumers: 2, or 1, of which a multiprocessor runs two programs at a time where they fit.
     """
 

@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from anymask.kernels.functions import kept, opaque
 from anymask.kernels.hopper_chunks import accumulator, accumulators, allocate_tiles, bytes_of, chunks_of, finished
 from anymask.kernels.hopper_pipeline import (
+    Handover,
     Ring,
     begin_load,
     begin_store,
@@ -133,7 +134,8 @@ class Shared:
 
     tiles: which ROWS queries each stage of q has.  rows: their lse and -delta, one after the other.
     ds: dS^T of the consumers, of two of them of even and odd steps.  dq: of each chunk a part of the columns of dQ, of
-    each consumer. Both are None where dQ is not computed here.
+    each consumer. Both are None where dQ is not computed here.  p: P^T * dT/dS, where one consumer has dv and the other
+    dk, else None.
     """
 
     q: Ring
@@ -144,6 +146,7 @@ class Shared:
     rows: gl.shared_memory_descriptor  # [STAGES, 1, 1, 2, ROWS] f32
     ds: gl.shared_memory_descriptor | gl.constexpr  # [1 or 2 * 2, ROWS, ROWS]
     dq: gl.tuple | gl.constexpr  # [NUM_CONSUMERS, 1, 1, ROWS, columns / PARTS] f32
+    p: Handover | gl.constexpr
 
 
 # --- the producer ---
@@ -321,17 +324,13 @@ def probability(s, lse_log2, call, work, h, q_idx, kv_idx, IS_MASKED: gl.constex
 
 
 @gluon.jit
-def score_gradient(p, s, dp, call, work, h, q_idx, kv_idx, IS_MASKED: gl.constexpr, PENDING: gl.constexpr):
-    """dS^T = P^T * dT/dS * dP^T, when dP^T is there, after which PENDING products were issued    [ROWS, ROWS] f32
-
-    In this order S is done with before dP^T.
-    """
+def score_slope(p, s, call, work, h, q_idx, kv_idx, IS_MASKED: gl.constexpr):
+    """P^T * dT/dS    [ROWS, ROWS] f32"""
     if call.SCORE_GRAD is not None:
         bindings = call.bindings
         p *= call.SCORE_GRAD(s * call.scale, work.b, h, q_idx, kv_idx, bindings[0], bindings[1], bindings[2])
         p = shown(p, 0.0, call, work, h, q_idx, kv_idx, IS_MASKED)
-    dp = warpgroup_mma_wait(PENDING, deps=[dp])
-    return p * dp
+    return p
 
 
 @gluon.jit
@@ -368,7 +367,10 @@ def gradient_step(i, dk, dv, k, v, call, work, h, shared, IS_MASKED: gl.constexp
     p = probability(s, lse_log2, call, work, h, q_idx, kv_idx, IS_MASKED)
     # dV += P^T dO
     dv = products_of_rows(p.to(DTYPE), dout, dv)
-    ds = score_gradient(p, s, dp, call, work, h, q_idx, kv_idx, IS_MASKED, len(dv)).to(DTYPE)
+    # dS^T = P^T * dT/dS * dP^T    [ROWS, ROWS] f32. In this order S is done with before dP^T
+    p = score_slope(p, s, call, work, h, q_idx, kv_idx, IS_MASKED)
+    dp = warpgroup_mma_wait(len(dv), deps=[dp])
+    ds = (p * dp).to(DTYPE)
     if shared.dq is None:
         # dK += dS^T Q
         dk = products_of_rows(ds, q, dk)
@@ -403,8 +405,9 @@ def gradient_step(i, dk, dv, k, v, call, work, h, shared, IS_MASKED: gl.constexp
 
 @gluon.jit
 def value_step(i, dv, call, work, h, shared, IS_MASKED: gl.constexpr):
-    """dv with the queries of step i added."""
+    """dv with the queries of step i added. P^T * dT/dS is handed to who has dk."""
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    DTYPE: gl.constexpr = call.q[0].dtype
     zero = i >> 30  # see gradient_step
     shared.q.wait(i)
     s = gl.zeros([ROWS, ROWS], gl.float32, S_LAYOUT)
@@ -416,68 +419,67 @@ def value_step(i, dv, call, work, h, shared, IS_MASKED: gl.constexpr):
     q_idx, kv_idx = indices(q_start, work.kv_start, S_LAYOUT)
     p = probability(s, lse_log2, call, work, h, q_idx, kv_idx, IS_MASKED)
     shared.q.release(i)
-    dv = finished(products_of_rows(p.to(call.q[0].dtype), shared.dout.chunks(i), dv), 0)
+    dv = products_of_rows(p.to(DTYPE), shared.dout.chunks(i), dv)
+    shared.p.put(i, score_slope(p, s, call, work, h, q_idx, kv_idx, IS_MASKED).to(DTYPE))
+    dv = finished(dv, 0)
     shared.dout.release(i)
     return dv
 
 
 @gluon.jit
-def key_step(i, dk, call, work, h, shared, IS_MASKED: gl.constexpr):
+def key_step(i, dk, call, shared):
     """dk with the queries of step i added."""
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     zero = i >> 30  # see gradient_step
-    q = shared.q.chunks(i)
-    v = shared.v.chunks(0, zero)
-    s = gl.zeros([ROWS, ROWS], gl.float32, S_LAYOUT)
     shared.q.wait(i)
-    less_delta = copies(row_vector(call, shared, i, 1, S_LAYOUT), s)
-    s = product_of_columns(shared.k.chunks(0, zero), q, s, False)
+    less_delta = copies(row_vector(call, shared, i, 1, S_LAYOUT), gl.zeros([ROWS, ROWS], gl.float32, S_LAYOUT))
     shared.dout.wait(i)
-    dp = product_of_columns(v, shared.dout.chunks(i), less_delta, True)
-    q_start = first_query(shared, i)
-    lse_log2 = row_vector(call, shared, i, 0, S_LAYOUT)
-    s = warpgroup_mma_wait(len(v), deps=[s])
-    q_idx, kv_idx = indices(q_start, work.kv_start, S_LAYOUT)
-    p = probability(s, lse_log2, call, work, h, q_idx, kv_idx, IS_MASKED)
-    ds = score_gradient(p, s, dp, call, work, h, q_idx, kv_idx, IS_MASKED, 0)
+    dp = product_of_columns(shared.v.chunks(0, zero), shared.dout.chunks(i), less_delta, True)
+    p = shared.p.take(i, S_LAYOUT)
+    dp = warpgroup_mma_wait(0, deps=[dp])
     shared.dout.release(i)
-    dk = finished(products_of_rows(ds.to(call.q[0].dtype), q, dk), 0)
+    ds = (p.to(gl.float32) * dp).to(call.q[0].dtype)
+    dk = finished(products_of_rows(ds, shared.q.chunks(i), dk), 0)
     shared.q.release(i)
     return dk
 
 
 @gluon.jit
-def step_of_one(i, acc, call, work, h, shared, IS_MASKED: gl.constexpr, OF_KEYS: gl.constexpr):
-    if OF_KEYS:
-        return key_step(i, acc, call, work, h, shared, IS_MASKED)
-    else:
-        return value_step(i, acc, call, work, h, shared, IS_MASKED)
-
-
-@gluon.jit
-def differentiate_one(call, shared, OF_KEYS: gl.constexpr):
-    """Role of a warpgroup: dk of ROWS keys, or dv, summed over the query heads that read them."""
+def differentiate_values(call, shared):
+    """Role of a warpgroup: dv of ROWS keys, summed over the query heads that read them."""
     MAY_HIDE: gl.constexpr = call.MASK is not None or not call.IS_EVEN_KV
     work = work_of_program(call)
-    acc = accumulators(call.dk if OF_KEYS else call.dv)
+    dv = accumulators(call.dv)
     shared.k.wait(0)
-    if OF_KEYS:
-        shared.v.wait(0)
     i = 0
     for g in range(call.G):
         visit = visit_of(call, work, g)
         if MAY_HIDE:
             for _ in range(visit.num_masked):
-                acc = step_of_one(i, acc, call, work, visit.h, shared, True, OF_KEYS)
+                dv = value_step(i, dv, call, work, visit.h, shared, True)
                 i += 1
         for _ in range(visit.num_full):
-            acc = step_of_one(i, acc, call, work, visit.h, shared, False, OF_KEYS)
+            dv = value_step(i, dv, call, work, visit.h, shared, False)
             i += 1
-    meet()  # the other has read K, and V has come
-    if OF_KEYS:
-        store_chunks(call.dk, acc, call.scale, shared.k, work.b, work.h_kv, work.kv_start, 0)
-    else:
-        store_chunks(call.dv, acc, 1.0, shared.v, work.b, work.h_kv, work.kv_start, 0)
+    meet()  # K has been read, and V
+    store_chunks(call.dv, dv, 1.0, shared.v, work.b, work.h_kv, work.kv_start, 0)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def differentiate_keys(call, shared):
+    """Role of a warpgroup: dk of the same keys."""
+    work = work_of_program(call)
+    dk = accumulators(call.dk)
+    shared.v.wait(0)
+    i = 0
+    for g in range(call.G):
+        visit = visit_of(call, work, g)
+        for _ in range(visit.num_masked + visit.num_full):
+            dk = key_step(i, dk, call, shared)
+            i += 1
+    meet()
+    store_chunks(call.dk, dk, call.scale, shared.k, work.b, work.h_kv, work.kv_start, 0)
     tma.store_wait(0)
 
 
@@ -600,6 +602,7 @@ def hopper_backward_kernel(
         gl.allocate_shared_memory(gl.float32, [STAGES, 1, 1, 2, ROWS], rows.layout),
         staged_ds,
         staged_dq,
+        Handover.create(ROWS, ROWS, q[0].dtype) if IS_SPLIT else None,
     )
     fence_async_shared()
     call = Call(
@@ -637,8 +640,8 @@ def hopper_backward_kernel(
     if IS_SPLIT:
         gl.warp_specialize(
             [
-                (differentiate_one, (call, shared, gl.constexpr(False))),
-                (differentiate_one, (call, shared, gl.constexpr(True))),
+                (differentiate_values, (call, shared)),
+                (differentiate_keys, (call, shared)),
                 (load_tiles, (call, shared)),
             ],
             [4, 1],

@@ -130,6 +130,43 @@ class Ring:
 
 
 @record
+class Handover:
+    """Tiles that one consumer hands to another by way of shared memory, one after the other."""
+
+    tiles: gl.shared_memory_descriptor  # [2, rows, columns]
+    full: gl.shared_memory_descriptor  # [2, 1]
+    empty: gl.shared_memory_descriptor  # [2, 1]
+
+    @gluon.jit
+    def create(ROWS: gl.constexpr, COLUMNS: gl.constexpr, DTYPE: gl.constexpr):
+        LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, COLUMNS], DTYPE)
+        tiles = gl.allocate_shared_memory(DTYPE, [2, ROWS, COLUMNS], LAYOUT)
+        full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        for slot in gl.static_range(2):
+            mbarrier.init(full.index(slot), count=1)
+            mbarrier.init(empty.index(slot), count=1)
+        return Handover(tiles, full, empty)
+
+    @gluon.jit
+    def put(self, i, x):
+        """The i-th tile, when the one before the last has been taken."""
+        slot = i % 2
+        mbarrier.wait(self.empty.index(slot), (i // 2 & 1) ^ 1)
+        self.tiles.index(slot).store(x)
+        mbarrier.arrive(self.full.index(slot), count=1)
+
+    @gluon.jit
+    def take(self, i, LAYOUT: gl.constexpr):
+        """The i-th tile, as soon as it is there."""
+        slot = i % 2
+        mbarrier.wait(self.full.index(slot), i // 2 & 1)
+        x = self.tiles.index(slot).load(LAYOUT)
+        mbarrier.arrive(self.empty.index(slot), count=1)
+        return x
+
+
+@record
 class RowQueue:
     """What rows a program works on: NUM_FIELDS numbers each, from the role that finds them to those that take all."""
 

@@ -441,7 +441,7 @@ def _override_hopper(default: HopperConfig, wanted: Any, tile: tuple[int, int], 
 
 def hopper_backward_shared_memory(config: HopperBackwardConfig, D: int, Dv: int) -> int:
     """Bytes of shared memory that the Hopper backward needs at most: K, V, stages of Q with lse and delta, and of dO;
-    dS, of two consumers of two steps; a part of dQ for each consumer.
+    dS, of two consumers of two steps; a part of dQ for each consumer; P of two steps, where it is handed over.
     """
     block_q, block_kv, num_consumers = config.BLOCK_Q, config.BLOCK_KV, config.num_consumers
     num_parts = config.num_parts(D)
@@ -449,7 +449,8 @@ def hopper_backward_shared_memory(config: HopperBackwardConfig, D: int, Dv: int)
     held = 2 * block_kv * (D + Dv)
     staged = config.num_stages * block_q * (2 * D + 8) + config.num_dout_stages * block_q * 2 * Dv
     fused = num_consumers * (2 * block_q * block_kv + 4 * block_q * D // num_parts) if config.is_fused else 0
-    return held + staged + fused + 1024
+    handed = 2 * 2 * block_q * block_kv if config.is_split else 0
+    return held + staged + fused + handed + 1024
 
 
 def hopper_dq_shared_memory(config: HopperDqConfig, D: int, Dv: int) -> int:
