@@ -38,7 +38,7 @@ DEVICE, DTYPE = "cuda", torch.bfloat16
 # torch's own largest error scatters more. The second finds a lost tile among small gradients.
 ERROR_BUDGET, TILE_BUDGET = 2.0, 8.0
 TENSORS = ("out", "dq", "dk", "dv")
-SIDES = ("fwd", "bwd")
+SIDES = ("fwd", "bwd", "both")
 
 
 class Wrong(Exception):
@@ -242,6 +242,10 @@ def provide_anymask(case: Case) -> Callable:
     return lambda q, k, v: attention(q, k, v, mask=case.mask, score_mod=case.score_mod)
 
 
+def provide_anymask_deterministic(case: Case) -> Callable:
+    return lambda q, k, v: attention(q, k, v, mask=case.mask, score_mod=case.score_mod, deterministic=True)
+
+
 def provide_anymask_triton(case: Case) -> Callable:
     return lambda q, k, v: attention(q, k, v, mask=case.mask, score_mod=case.score_mod, backend="triton")
 
@@ -307,7 +311,11 @@ def provide_sdpa_cudnn(case: Case) -> Callable | None:
     return run
 
 
-OURS = {"anymask": provide_anymask, "anymask_triton": provide_anymask_triton}
+OURS = {
+    "anymask": provide_anymask,
+    "anymask_deterministic": provide_anymask_deterministic,
+    "anymask_triton": provide_anymask_triton,
+}
 PEERS = {
     "flex": provide_flex,
     "sdpa_cudnn": provide_sdpa_cudnn,
@@ -448,7 +456,7 @@ def medians(fns: dict[str, Callable]) -> dict[str, tuple[float, list[float]]]:
     times: dict[str, list[float]] = {name: [] for name in fns}
     for _ in range(ROUNDS):
         for name, fn in fns.items():
-            times[name].append(triton.testing.do_bench(fn, warmup=15, rep=40, return_mode="median"))
+            times[name].append(triton.testing.do_bench(fn, warmup=12, rep=30, return_mode="median"))
     return {name: (round(sorted(t)[ROUNDS // 2], 4), [round(min(t), 4), round(max(t), 4)]) for name, t in times.items()}
 
 
@@ -502,6 +510,7 @@ def run_case(case: Case, impls: list[str]) -> list[dict]:
     for side, flop, calls in (
         ("fwd", case.flop, {impl: lambda fn=fn: fn(*inputs[:3]) for impl, fn in fns.items()}),
         ("bwd", 2.5 * case.flop, {impl: lambda out=out: backward(out, inputs) for impl, out in outs.items()}),
+        ("both", 3.5 * case.flop, {impl: lambda fn=fn: backward(fn(*inputs[:3]), inputs) for impl, fn in fns.items()}),
     ):
         times = medians(calls)
         for impl, (ms, spread) in times.items():
@@ -580,7 +589,7 @@ def environment() -> dict:
 
 
 def line_of(row: dict) -> str:
-    start = f"{row['work']:<40} {row['impl']:<14}"
+    start = f"{row['work']:<40} {row['impl']:<21}"
     if "failed" in row:
         return f"{start} {row['failed']}"
     if "fwd_ms" not in row:
@@ -590,14 +599,15 @@ def line_of(row: dict) -> str:
     )
     best = " / ".join(dict.fromkeys(row[f"{side}_best_peer"] for side in SIDES if f"{side}_best_peer" in row))
     return (
-        f"{start} {row['fwd_ms']:9.3f} {row['bwd_ms']:9.3f} {row['fwd_tflops']:8.1f} {row['bwd_tflops']:7.1f}   "
+        f"{start} {row['fwd_ms']:9.3f} {row['bwd_ms']:9.3f} {row['both_ms']:9.3f} "
+        f"{row['fwd_tflops']:8.1f} {row['bwd_tflops']:7.1f} {row['both_tflops']:7.1f}   "
         f"{over} {max(row['error_over_plain'].values()):6.2f} {row['peak_extra_mib']:9.1f} {best}"
     )
 
 
 HEADER = (
-    f"{'work':<40} {'impl':<14} {'fwd ms':>9} {'bwd ms':>9} {'TFLOP/s':>8} {'bwd':>7}   "
-    f"{'x flex':>6} {'bwd':>4} {'x best':>6} {'bwd':>4} {'err':>6} {'peak MiB':>9} best peer"
+    f"{'work':<40} {'impl':<21} {'fwd ms':>9} {'bwd ms':>9} {'both ms':>9} {'TFLOP/s':>8} {'bwd':>7} {'both':>7}   "
+    f"{'x flex':>6} {'bwd':>4} {'both':>5} {'x best':>6} {'bwd':>4} {'both':>5} {'err':>6} {'peak MiB':>9} best peer"
 )
 
 

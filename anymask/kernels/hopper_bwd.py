@@ -280,7 +280,7 @@ def product_of_chunk(call, shared, first_ds, zero, C: gl.constexpr, PART: gl.con
     COLUMNS: gl.constexpr = shared.dq[C].shape[4]
     dq = accumulator(ROWS, COLUMNS)
     for consumer in gl.static_range(call.NUM_CONSUMERS):
-        k = shared.k.tile(consumer, C, zero).slice(PART * COLUMNS, COLUMNS, 1)
+        k = shared.k.tile(consumer + zero, C, zero).slice(PART * COLUMNS, COLUMNS, 1)
         ds = shared.ds.index(first_ds + consumer).permute((1, 0))
         dq = warpgroup_mma(ds, k, dq, use_acc=consumer > 0, is_async=True)
     return dq
@@ -345,7 +345,7 @@ def gradient_step(i, dk, dv, k, v, call, work, h, shared, IS_MASKED: gl.constexp
     q = shared.q.chunks(i)
     dout = shared.dout.chunks(i, zero)
     if k is None:
-        k = shared.k.chunks(WARPGROUP, zero)
+        k = shared.k.chunks(WARPGROUP + zero, zero)
     else:
         k = fresh(k, zero)
     zeros = gl.zeros([ROWS, ROWS], gl.float32, S_LAYOUT)
@@ -354,7 +354,7 @@ def gradient_step(i, dk, dv, k, v, call, work, h, shared, IS_MASKED: gl.constexp
     # S^T = K Q^T    [ROWS, ROWS] f32
     s = product_of_columns(k, q, zeros, False)
     if v is None:
-        v = shared.v.chunks(WARPGROUP, zero)
+        v = shared.v.chunks(WARPGROUP + zero, zero)
     else:
         v = fresh(v, zero)
     # dP^T - delta = V dO^T - delta    [ROWS, ROWS] f32

@@ -113,7 +113,11 @@ class Ring:
     def tile(self, i, C: gl.constexpr, zero=0):
         """[BLOCK, columns] of chunk C of load i. zero: 0, which the compiler may not know (see gradient_step)."""
         tiles = self.tiles[C]
-        return tiles.index(i % self.STAGES + zero).reshape([tiles.shape[3], tiles.shape[4]])
+        if self.STAGES == 1:
+            stage = zero  # i % 1 would be known
+        else:
+            stage = i % self.STAGES
+        return tiles.index(stage).reshape([tiles.shape[3], tiles.shape[4]])
 
     @gluon.jit
     def chunks(self, i, zero=0):
