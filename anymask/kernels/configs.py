@@ -293,6 +293,8 @@ class HopperBackwardRow:
     max_Skv: int = 1 << 62
 
 
+LONE = HopperBackwardConfig(2, is_fused=False, num_consumers=1)
+
 # H200, bf16, 16,384 tokens in all, 2026-11-22. TFLOP/s, no mask / causal, all kernels of a backward; the portable ones.
 HOPPER_BACKWARD_ROWS = (
     # S 16384 447 / 442, 8192 442 / 422, 2048 397 / 335, 1024 348 / 260, 512 281 / 178, not held 412 / 417, 405 / 399;
@@ -302,15 +304,19 @@ HOPPER_BACKWARD_ROWS = (
     HopperBackwardRow(64, 64, HopperBackwardConfig(3, is_fused=False), 2048),
     # D 48, S 8192: - / 290; - / 265. D 32 278 / 269; 281 / 267. D 16 156 / 158; 186 / 157
     HopperBackwardRow(40, 64, HopperBackwardConfig(3, is_fused=True), 2048),
-    # 32k tokens in 256 documents 110, fused 95, two consumers apart 97, fused 92; 16k in 14 342, 327, 325, 329
-    HopperBackwardRow(
-        40, 128, HopperBackwardConfig(2, is_fused=False, num_consumers=1), only="segmented", max_Skv=32768
-    ),
+    # S 8192, causal, D 72 and 96, apart 349 and 434, fused 336 and 400
+    HopperBackwardRow(40, 96, LONE, only="segmented", max_Skv=32768),
+    HopperBackwardRow(65, 96, HopperBackwardConfig(2, is_fused=False)),
+    HopperBackwardRow(40, 96, HopperBackwardConfig(2, is_fused=True)),
+    HopperBackwardRow(40, 96, HopperBackwardConfig(2, is_fused=False)),
+    # 32k tokens in 256 documents 118, fused 95, with two consumers 108 and 92; 16k in 14 366, 327, 325, 348
+    HopperBackwardRow(40, 128, LONE, only="segmented", max_Skv=32768),
     # S 16384 600 / 552, 8192 548 / 533, 2048 500 / 413, 512 347 / 223, three stages 545 / 553; 420 / 405, 413 / 401,
-    # 386 / 342, 280 / 192. S 8192, causal, D 72, 80, 96, 112, 128/64: 336, 380, 413, 467, 433; 222, 249, 303, 340, 356
+    # 386 / 342, 280 / 192. S 8192, causal, D 112, 128/64: 467, 433; 340, 356
     HopperBackwardRow(40, 128, HopperBackwardConfig(2, is_fused=True)),
-    # S 16384 462 / -, 8192 - / 457
+    # S 16384 465 / 493, 8192 472 / 477, 2048 431 / 395, 512 328 / 220
     HopperBackwardRow(40, 128, HopperBackwardConfig(2, is_fused=False)),
+    # S 8192, causal, 192/128 421, 256 473; 160 with the portable kernels 72
     HopperBackwardRow(8, 192, HopperBackwardConfig(3, is_fused=False, is_split=True)),
     HopperBackwardRow(8, 256, HopperBackwardConfig(2, is_fused=False, is_split=True)),
 )

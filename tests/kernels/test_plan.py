@@ -314,11 +314,12 @@ def test_the_faster_backward_is_taken() -> None:
         p = Problem(1, 4, 2, S, 4096, D, Dv or D, torch.bfloat16, CPU)
         return choose(p, NONE, (64, 64), arch="sm_90", **arguments)
 
-    for D, S, Dv in ((128, 100, 128), (72, 100, 128), (64, 2048, 64), (64, 100, 128), (48, 2048, 64)):
+    for D, S, Dv in ((128, 100, 128), (72, 100, 128), (64, 2048, 64), (64, 100, 128), (64, 100, 96), (48, 2048, 64)):
         chosen = plan(D, S, Dv)
         assert isinstance(chosen.dkdv, HopperBackwardConfig) and chosen.dkdv.is_fused and chosen.dq is None
         assert chosen.dkdv.is_held == (D == Dv == 64) and chosen.why.startswith("gluon on sm_90")
-    for apart in (plan(128, 100, deterministic=True), plan(192, 100, 128), plan(256, 100, deterministic=True)):
+    of_72 = plan(72, 100)  # also without being asked to
+    for apart in (plan(128, 100, deterministic=True), of_72, plan(192, 100, 128), plan(256, 100, deterministic=True)):
         assert isinstance(apart.dkdv, HopperBackwardConfig) and not apart.dkdv.is_fused
         assert isinstance(apart.dq, HopperDqConfig) and apart.dkdv.is_split == (apart.dkdv.BLOCK_KV == 64)
         assert apart.why.startswith("gluon on sm_90") and f"dq {apart.dq}" in apart.why
