@@ -1,5 +1,5 @@
-"""Forward on Hopper (sm_90): one warp finds the rows of the map that a program works on, a producer warp loads their tiles
-by TMA, consumer warpgroups of 64 queries each compute.
+"""Forward on Hopper (sm_90): one warp finds the rows of the map that a program works on, a producer warp loads their
+tiles by TMA, consumer warpgroups of 64 queries each compute.
 
 A consumer's step i:  S = Q K(i)^T issued; O += P V(i-1) issued; mask and softmax of S while that runs; P packed.
 So both products of a step are in flight together, and with two consumers that take turns, one's softmax overlaps the
