@@ -247,7 +247,7 @@ def _walk_bytes(blocks: BlockMap, plan: Plan, has_mask: bool) -> dict[str, tuple
 
 
 def _functions(mods: Mods, blocks: BlockMap, plan: Plan) -> dict[str, str]:
-    """The texts that launch.py makes kernels' functions from: hide for attention, bounds and mask for the map."""
+    """The texts that kernels' functions are made from: hide for attention, bounds and mask for the map."""
     if not plan.has_kernels:
         return {}
     wide = blocks.bindings.wide_slots()

@@ -76,9 +76,9 @@ def _block_map(
     check_reads(mods, bindings, {"b": B, "h": H, "q_idx": Sq, "kv_idx": Skv})
     classify: Classify | None = None
     if device.type == "cuda":
-        from anymask.kernels import launch
+        from anymask.kernels import map_launch
 
-        classify = launch.classify
+        classify = map_launch.classify
     kinds = build(mods.mask, bindings, B, H, Sq, Skv, device, (tile[0], tile[1]), classify)
     return kinds.expand(*map_heads(text, B, H), -1, -1).contiguous()
 

@@ -42,7 +42,7 @@ from anymask.errors import UnsupportedError
 from anymask.expr.interval import Grid
 from anymask.expr.mods import Mods, text_of
 from anymask.expr.trace import trace
-from anymask.kernels import hopper_launch, launch
+from anymask.kernels import hopper_launch, launch, map_launch
 from anymask.kernels import plan as planning
 from anymask.kernels.configs import SHARED_LIMITS, AnyConfig, HopperConfig
 from anymask.kernels.plan import (
@@ -208,7 +208,7 @@ def compile_job(job: Job) -> list[Row]:
     with Recorder() as recorder:
         launch.forward(q, k, v, mods, bindings, blocks, plan, 0.125)
         launch.backward(dout, None, q, k, v, out, lse, mods, bindings, blocks, plan, 0.125)
-        launch.classify(mods.mask, bindings, Grid(2, 4, job.Sq, job.Sq, tile, torch.device("cpu")))
+        map_launch.classify(mods.mask, bindings, Grid(2, 4, job.Sq, job.Sq, tile, torch.device("cpu")))
         with contextlib.suppress(UnsupportedError):
             config = {"forward": dict(job.hopper)} if job.hopper else None
             gluon_plan = choose(problem, mods, tile, arch=job.arch, backend="gluon", config=config)
@@ -242,10 +242,11 @@ class Recorder:
     """Within it, a launch only notes down its arguments: calls[name] = (kernel, args, kwargs)."""
 
     def __init__(self) -> None:
-        self.kernels = {name: getattr(launch, f"{name}_kernel") for name in KERNELS}
+        kernels = vars(launch) | vars(map_launch) | vars(hopper_launch)
+        self.kernels = {name: kernels[f"{name}_kernel"] for name in KERNELS}
         # the others are variants of hopper_backward
         names = [name for name in HOPPER_KERNELS if name not in HOPPER_BACKWARDS or name == "hopper_backward"]
-        self.kernels |= {name: getattr(hopper_launch, f"{name}_kernel") for name in names}
+        self.kernels |= {name: kernels[f"{name}_kernel"] for name in names}
         self.calls: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {}
 
     def __enter__(self) -> Recorder:
@@ -326,7 +327,7 @@ def compilations(num_lengths: int) -> dict[str, int]:
         with Recorder() as recorder:
             launch.forward(q, q, q, mods, program.bindings, blocks, plan, 0.125)
             launch.backward(q, None, q, q, q, q, lse, mods, program.bindings, blocks, plan, 0.125)
-            launch.classify(mods.mask, program.bindings, Grid(1, 1, S, S, (64, 64), torch.device("cpu")))
+            map_launch.classify(mods.mask, program.bindings, Grid(1, 1, S, S, (64, 64), torch.device("cpu")))
         for name, (kernel, args, kwargs) in recorder.calls.items():
             if name not in binders:
                 binders[name] = create_function_from_signature(kernel.signature, kernel.params, backend)

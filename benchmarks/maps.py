@@ -40,7 +40,7 @@ from anymask.expr.bindings import Bindings
 from anymask.expr.interval import Grid
 from anymask.expr.mods import Mods, text_of
 from anymask.expr.trace import SCORE_TEXT
-from anymask.kernels import launch
+from anymask.kernels import map_launch
 from anymask.kernels.plan import Plan, arch_of, choose, default_tile
 from anymask.problem import Problem
 
@@ -115,7 +115,7 @@ def plan_of(work: Work) -> Plan:
 def build(work: Work, plan: Plan) -> tuple[BlockMap, list[Walk]]:
     """The map, and the walks of a forward and a backward."""
     blocks = block_map(work.mask, 1, 1, work.S, work.S, device=DEVICE, tile=default_tile(DEVICE, work.S))
-    walks = {id(walk): walk for walk, _ in launch.walks(blocks, plan).values()}
+    walks = {id(walk): walk for walk, _ in map_launch.walks(blocks, plan).values()}
     return blocks, list(walks.values())
 
 

@@ -21,7 +21,7 @@ from anymask.expr.interval import Grid
 from anymask.expr.ir import to_text
 from anymask.expr.mods import Mods, text_of
 from anymask.expr.trace import SCORE_TEXT
-from anymask.kernels import launch
+from anymask.kernels import map_launch
 from anymask.kernels.plan import choose
 from anymask.problem import Problem
 
@@ -107,7 +107,7 @@ def test_bytes_are_those_of_the_walks(capsys: pytest.CaptureFixture[str], what: 
     for kernel, size in facts["bytes"]["walks"].items():
         config = facts["plan"][kernel]
         tile, is_kv_row = (max(64, config["BLOCK_Q"]), max(64, config["BLOCK_KV"])), kernel == "dkdv"
-        different[tile, is_kv_row] = sum(part.nbytes for part in launch.make_walks(blocks, (tile, is_kv_row))[0])
+        different[tile, is_kv_row] = sum(part.nbytes for part in map_launch.make_walks(blocks, (tile, is_kv_row))[0])
         assert size == different[tile, is_kv_row], kernel
     assert facts["bytes"]["total"] == blocks.kinds.nbytes + sum(different.values())
 

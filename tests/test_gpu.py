@@ -510,11 +510,11 @@ def outcome(tensors: tuple[Tensor, ...], mask: Any) -> tuple[Tensor, ...]:
 
 
 def forget_recipes() -> None:
-    from anymask.kernels import launch
+    from anymask.kernels import launch, map_launch
 
     clear_cache()
     recipes = (launch._forward_recipe, launch._backward_recipes, launch._hopper_backward_recipes)
-    for kept in (launch.likeness, *recipes, launch._walk_recipes, launch._classify_recipe):
+    for kept in (launch.likeness, *recipes, map_launch._walk_recipes, map_launch._classify_recipe):
         kept.cache_clear()
 
 

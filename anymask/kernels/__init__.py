@@ -1,1 +1,1 @@
-"""Everything that knows Triton; only launch.py is called from outside (and plan.py, which imports no Triton)."""
+"""Everything that knows Triton. Others call launch.py, map_launch.py, and plan.py, which imports no Triton."""

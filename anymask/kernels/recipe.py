@@ -21,6 +21,8 @@ import torch
 import triton
 from torch import Tensor
 
+from anymask.expr.bindings import wide_slots
+from anymask.expr.emit import odd
 from anymask.kernels import ahead
 
 TENSOR = object()  # stands for a tensor among a recipe's arguments, also inside a tuple
@@ -219,3 +221,16 @@ def _is_hooked() -> bool:
     """Somebody, such as a profiler, is told of launches: an ordinary one does that."""
     runtime = triton.knobs.runtime
     return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+
+
+def readable(captures: tuple[Tensor, ...]) -> list[Tensor]:
+    """float64 as float32: it is read so anyway, and takes half the shared memory."""
+    return [x.float() if x.dtype is torch.float64 else x for x in captures]
+
+
+def bound(
+    captures: tuple[Layout, ...], ints: tuple[int, ...], floats: tuple[float, ...]
+) -> tuple[tuple[Any, ...], frozenset[int]]:
+    """Bindings as kernels take them, and the slots whose offsets take 64 bits."""
+    tensors = tuple((TENSOR, tuple(odd(size) for size in x.shape), x.strides) for x in captures)
+    return (tensors, tuple(odd(n) for n in ints), floats), wide_slots((x.shape, x.strides) for x in captures)

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from anymask.expr.bindings import Bindings
 from anymask.expr.ir import DType, Expr, Op, apply, cast, const, index
-from anymask.kernels.launch import _bind, _readable
-from anymask.kernels.recipe import Layout, _filler
+from anymask.kernels.recipe import Layout, _filler, bound, readable
 
 BOOL, INT32, INT64, FLOAT = DType
 FUNCTIONS = (
@@ -86,6 +85,6 @@ def bindings(seed: int) -> Bindings:
 
 def as_kernels_take(bindings: Bindings) -> Any:
     """(captures, ints, floats), the `bindings` argument of a kernel."""
-    captures = _readable(bindings.captures)
-    values, _ = _bind(tuple(map(Layout.of, captures)), bindings.ints, bindings.floats)
+    captures = readable(bindings.captures)
+    values, _ = bound(tuple(map(Layout.of, captures)), bindings.ints, bindings.floats)
     return _filler(values)(captures)

@@ -24,7 +24,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from anymask import alibi, attention, blocks, causal, document, ops, sliding_window, softcap
-from anymask.kernels import launch, recipe
+from anymask.kernels import map_launch, recipe
 
 HAS_GLUON = triton.__version__.startswith("3.6.")
 PORTABLE = ("forward_kernel", "dq_kernel", "dkdv_kernel")
@@ -91,7 +91,7 @@ def install() -> Compiler:
     triton.runtime.driver.set_active(Driver())
     recipe.current_stream = lambda device: 0
     ops.arch_of = lambda device: "sm_90"
-    ops.build = lambda *arguments: blocks.build.build(*arguments[:8], launch.classify)
+    ops.build = lambda *arguments: blocks.build.build(*arguments[:8], map_launch.classify)
     triton.compiler.compile = compiler = Compiler()
     return compiler
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from anymask.kernels import ahead, launch, recipe
+from anymask.kernels import ahead, map_launch, recipe
 from anymask.kernels.recipe import TENSOR, Outline, Recipe
 
 ROOT = Path(__file__).parents[2]
@@ -79,7 +79,7 @@ def test_nothing_is_begun_while_a_graph_is_captured(is_captured: bool, monkeypat
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: is_captured)
     monkeypatch.setattr(recipe, "is_current", lambda device: True)
     monkeypatch.setattr(ahead, "begin", lambda *arguments: begun.append(arguments))
-    kernel = launch.order_kernel
+    kernel = map_launch.order_kernel
     made = Recipe(torch.device("cuda:0"), kernel, 1, *[TENSOR] * len(kernel.arg_names))
     for _ in range(2):
         made.compile_ahead(*[Outline(torch.int32, 20)] * len(kernel.arg_names))
@@ -89,4 +89,4 @@ def test_nothing_is_begun_while_a_graph_is_captured(is_captured: bool, monkeypat
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter")
 def test_nothing_is_begun_in_the_interpreter() -> None:
-    assert ahead.begin(launch.order_kernel, (), {}) is None
+    assert ahead.begin(map_launch.order_kernel, (), {}) is None

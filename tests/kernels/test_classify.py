@@ -15,7 +15,7 @@ from anymask.expr.interval import Grid
 from anymask.expr.ir import FALSE, TRUE, DType, Expr, Op, apply, cast, const, index
 from anymask.expr.mods import Mods, text_of
 from anymask.expr.trace import trace
-from anymask.kernels import launch
+from anymask.kernels import map_launch
 from tests.cases import MASKS, Sizes
 from tests.expr.expressions import bindings, expressions
 from tests.expr.test_emit_bounds import DEVICE, emitted_value, on_device
@@ -29,7 +29,7 @@ CAUSAL = apply(Op.LE, KV, Q)
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small maps are shared among few programs, which the interpreter runs one by one."""
-    monkeypatch.setattr(launch, "MAP_PROGRAMS", 3)
+    monkeypatch.setattr(map_launch, "MAP_PROGRAMS", 3)
 
 
 def brute_force(visible: Tensor, grid: Grid) -> Tensor:
@@ -48,7 +48,7 @@ def test_every_mask(name: str, tile: tuple[int, int]) -> None:
     B, H, Sq, Skv = 2, 2, 40, 52
     program = trace(MASKS[name](Sizes(B, H, Sq, Skv, DEVICE.type)), None, DEVICE)
     mask = Mods.of(text_of(program.mask, program.score), program.bindings.ints, program.bindings.floats).mask
-    kinds = build(mask, program.bindings, B, H, Sq, Skv, DEVICE, tile, launch.classify)
+    kinds = build(mask, program.bindings, B, H, Sq, Skv, DEVICE, tile, map_launch.classify)
     assert torch.equal(kinds, build(mask, program.bindings, B, H, Sq, Skv, DEVICE, tile))
 
 
@@ -68,7 +68,7 @@ def test_random_masks(data: st.DataObject) -> None:
     grid, mask = data.draw(grids()), data.draw(expressions(DType.BOOL))
     bound = on_device(fitting(bindings(data.draw(st.integers(0, 9)))))
     grid = Grid(grid.B, grid.H, grid.Sq, grid.Skv, grid.tile, DEVICE)
-    kinds = launch.classify(mask, bound, grid)
+    kinds = map_launch.classify(mask, bound, grid)
     assert torch.equal(kinds.cpu(), brute_force(emitted_value(mask, bound, grid), grid))
 
 
@@ -84,23 +84,23 @@ def test_any_tile_and_length(tile: tuple[int, int], Sq: int, Skv: int) -> None:
     opaque = Expr.of(Op.LOAD, DType.BOOL, (Q, KV), 0)
     for mask in (CAUSAL, opaque, apply(Op.AND, CAUSAL, opaque)):
         bound = Bindings((visible.to(DEVICE),))
-        assert torch.equal(launch.classify(mask, bound, grid), tile_kinds(mask, bound, grid))
+        assert torch.equal(map_launch.classify(mask, bound, grid), tile_kinds(mask, bound, grid))
 
 
 @pytest.mark.parametrize("num_programs", [1, 100])
 def test_programs_share_what_bounds_leave_open(num_programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "MAP_PROGRAMS", num_programs)
+    monkeypatch.setattr(map_launch, "MAP_PROGRAMS", num_programs)
     ids = torch.randint(0, 3, (2, 90), generator=torch.Generator().manual_seed(1)).sort().values.int().to(DEVICE)
     reads = [Expr.of(Op.LOAD, DType.INT32, (B_IDX, i), 0) for i in (Q, KV)]
     mask, bound = apply(Op.OR, apply(Op.EQ, *reads), apply(Op.LT, Q, apply(Op.ADD, KV, H_IDX))), Bindings((ids,))
     grid = Grid(2, 3, 77, 90, (16, 8), DEVICE)
-    assert torch.equal(launch.classify(mask, bound, grid), tile_kinds(mask, bound, grid))
+    assert torch.equal(map_launch.classify(mask, bound, grid), tile_kinds(mask, bound, grid))
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 0, 5), (2, 2, 5, 0), (0, 2, 5, 5), (2, 0, 5, 5), (2, 2, 0, 0)])
 def test_sizes_of_zero(sizes: tuple[int, int, int, int]) -> None:
     mask = apply(Op.LE, apply(Op.ADD, B_IDX, KV), apply(Op.ADD, H_IDX, Q))
-    kinds = build(mask, Bindings(), *sizes, DEVICE, (4, 4), launch.classify)
+    kinds = build(mask, Bindings(), *sizes, DEVICE, (4, 4), map_launch.classify)
     assert kinds.shape == Grid(*sizes, (4, 4), DEVICE).shape and kinds.dtype is torch.int8
 
 
@@ -111,7 +111,7 @@ def test_nothing_waits_for_the_device() -> None:
     mask, grid = apply(Op.AND, CAUSAL, apply(Op.EQ, *reads)), Grid(1, 1, 60, 64, (8, 16), DEVICE)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        kinds = launch.classify(mask, Bindings((ids,)), grid)
+        kinds = map_launch.classify(mask, Bindings((ids,)), grid)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(kinds, tile_kinds(mask, Bindings((ids,)), grid))
@@ -119,12 +119,12 @@ def test_nothing_waits_for_the_device() -> None:
 
 def test_a_mask_without_indices() -> None:
     for mask, kind in ((TRUE, FULL), (FALSE, EMPTY), (apply(Op.LT, H_IDX, const(1, DType.INT32)), FULL)):
-        kinds = build(mask, Bindings(), 1, 1, 50, 70, DEVICE, (16, 16), launch.classify)
+        kinds = build(mask, Bindings(), 1, 1, 50, 70, DEVICE, (16, 16), map_launch.classify)
         assert kinds.shape == (1, 1, 4, 5) and bool((kinds == kind).all())
 
 
 def test_a_power_of_zero_keeps_the_shape_of_its_index() -> None:
     power = apply(Op.POW, cast(index("kv_idx"), DType.FLOAT), const(0.0, DType.FLOAT))
     mask = apply(Op.LT, const(9.0, DType.FLOAT), apply(Op.ADD, power, cast(index("q_idx"), DType.FLOAT)))
-    kinds = launch.classify(mask, Bindings(), Grid(1, 1, 50, 70, (1, 1), DEVICE))
+    kinds = map_launch.classify(mask, Bindings(), Grid(1, 1, 50, 70, (1, 1), DEVICE))
     assert torch.equal(kinds[0, 0].cpu() == FULL, torch.arange(50)[:, None].expand(50, 70) > 8)

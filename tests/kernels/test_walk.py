@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from anymask.blocks.block_map import EMPTY, FULL, BlockMap
 from anymask.blocks.walk import Walk
-from anymask.kernels import launch
+from anymask.kernels import map_launch
 from anymask.kernels.tile import next_tile, open_row, start_of, work_of
 
 
@@ -53,7 +53,7 @@ def check_walk(walk: Walk, masked: torch.Tensor, full: torch.Tensor) -> None:
 
 
 def one_walk(blocks: BlockMap, tile: tuple[int, int] = (16, 16), is_kv_row: bool = False) -> Walk:
-    (walk,) = launch.make_walks(blocks, (tile, is_kv_row))
+    (walk,) = map_launch.make_walks(blocks, (tile, is_kv_row))
     return walk
 
 
@@ -69,7 +69,7 @@ def test_random_kinds(data: st.DataObject) -> None:
     factors = (data.draw(st.sampled_from([1, 2, 4])), data.draw(st.sampled_from([1, 2, 8])))
     tile = (16 * factors[0], 16 * factors[1])
     masked, full = coarse(kinds, factors, Skv // tile[1])
-    lines, columns = launch.make_walks(BlockMap(kinds, Sq, Skv, (16, 16)), (tile, False), (tile, True))
+    lines, columns = map_launch.make_walks(BlockMap(kinds, Sq, Skv, (16, 16)), (tile, False), (tile, True))
     check_walk(lines, masked, full)
     check_walk(columns, masked.mT, full.mT)
 
