@@ -101,8 +101,17 @@ def block_map(
     tile = (tile, tile) if isinstance(tile, int) else tile
     if min(B, H, Sq, Skv) < 0 or min(tile) < 1:
         raise InputError(f"sizes must not be negative and tiles positive, got {B=} {H=} {Sq=} {Skv=} {tile=}")
-    device = torch.empty(0, device=device).device  # "cuda" -> "cuda:0", as tensors have it
+    device = _numbered(torch.device(device))
     return _find_map(_trace(mask, None, device), B, H, Sq, Skv, tile, device)
+
+
+def _numbered(device: torch.device) -> torch.device:
+    """ "cuda" as "cuda:0", as tensors have it."""
+    if device.index is not None:
+        return device
+    if device.type == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.empty(0, device=device).device
 
 
 def select(blocks: BlockMap, mask: MaskFunction | Tensor) -> BlockMap:
