@@ -111,10 +111,10 @@ def test_sizes_layouts_and_dtypes(sizes: tuple[int, ...], dtype: torch.dtype) ->
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("D", range(8, 257, 8))
-@pytest.mark.parametrize("is_half", [True, False], ids=["half", "f32"])
-def test_every_head_dim(D: int, is_half: bool) -> None:
-    dtype = (torch.bfloat16, torch.float16)[D // 8 % 2] if is_half else torch.float32
-    compute(causal(), None, inputs(1, 2, 1, 200, 200, D, 264 - D, dtype, DEVICE), (128, 128))
+def test_every_head_dim(D: int) -> None:
+    half = (torch.bfloat16, torch.float16)[D // 8 % 2]
+    for dtype in (half, torch.float32) if D % 24 == 8 else (half,):
+        compute(causal(), None, inputs(1, 2, 1, 200, 200, D, 264 - D, dtype, DEVICE), (128, 128))
 
 
 @pytest.mark.parametrize("tile", [(16, 64), (64, 16), (128, 32), (256, 256)], ids=str)
