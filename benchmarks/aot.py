@@ -78,7 +78,7 @@ KERNELS = ("forward", "dkdv", "dq", "classify", "walk", "order")
 HOPPER_KERNELS = ("hopper_forward", "rows", "hopper_backward", "dq_of_sum", "hopper_dkdv", "hopper_lone", "hopper_dq")
 HOPPER_BACKWARDS: dict[str, dict[str, Any]] = {
     "hopper_dkdv": {"is_fused": False},
-    "hopper_lone": {"is_fused": True, "num_consumers": 1},
+    "hopper_lone": {"is_fused": False, "num_consumers": 1},
     "hopper_backward": {"is_fused": True},
 }
 TWO = {"BLOCK_Q": 128, "BLOCK_KV": 128, "num_stages": 2, "has_turns": True}

@@ -56,7 +56,7 @@ class HopperBackwardConfig:
     is_held: K and V of head dim 64 stay in registers: fewer reads of shared memory for 32 instructions a step.
     is_split: of the same 64 keys one warpgroup has S, P and dV, the other dP, dS and dK: registers do for both up to
     head dim 128 alone. Else each has both, of 64 keys of its own.
-    num_consumers: 2, or 1, of which a multiprocessor runs two programs at a time where they fit.
+    num_consumers: 2, or, not fused, 1, of which a multiprocessor runs two programs at a time where they fit.
     """
 
     num_stages: int
@@ -70,15 +70,6 @@ class HopperBackwardConfig:
     @property
     def BLOCK_KV(self) -> int:
         return 64 if self.is_split else 64 * self.num_consumers
-
-    @property
-    def num_dout_stages(self) -> int:
-        """Tiles of dO: fewer for one consumer and dQ, to fit twice. A step needs dO later than Q, and not as long."""
-        return max(1, self.num_stages - (self.num_consumers == 1 and self.is_fused))
-
-    def num_parts(self, D: int) -> int:
-        """Parts of the columns of dQ: a consumer has one at a time, and registers for 64 columns."""
-        return 2 if self.num_consumers == 2 or D > 64 else 1
 
     def __str__(self) -> str:
         warpgroups = f"{self.num_consumers} warpgroup" + "s" * (self.num_consumers > 1)

@@ -4,8 +4,8 @@ A program has a tile of keys and walks the queries that see them. A consumer's s
 S^T = K Q^T and dP^T = V dO^T issued; P^T while dP^T runs; dV += P^T dO issued; dS^T to shared memory, where the other
 consumer reads it; dQ = dS K issued, of which each consumer computes half the columns; dK += dS^T Q issued; dQ added to
 its accumulator by TMA. P^T and dS^T are operands in registers, dK and dV stay there to the end.
-There are two consumers, or one: half the keys, and two programs on a multiprocessor, one of which computes while the
-other begins or ends. A lone consumer computes both halves of dQ, one after the other.
+dQ may be left to hopper_dq.py. Then there may be one consumer: half the keys, and two programs on a multiprocessor, one
+of which computes while the other begins or ends. And above head dim 128 two consumers share the work on 64 keys.
 docs/notes/006-hopper-backward.md has why; hopper_rows.py what comes before and after.
 """
 
@@ -133,9 +133,8 @@ class Shared:
     """What lies in shared memory. In k and v a stage is the keys of a consumer.
 
     tiles: which ROWS queries each stage of q has.  rows: their lse and -delta, one after the other.
-    ds: dS^T of the consumers, of two of them of even and odd steps.  dq: of each chunk a part of the columns of dQ, of
-    each consumer. Both are None where dQ is not computed here.  p: P^T * dT/dS, where one consumer has dv and the other
-    dk, else None.
+    ds: dS^T of the consumers, of even and odd steps.  dq: of each chunk half the columns of dQ, of each consumer. Both
+    are None where dQ is not computed here.  p: P^T * dT/dS, where one consumer has dv and the other dk, else None.
     """
 
     q: Ring
@@ -144,8 +143,8 @@ class Shared:
     v: Ring
     tiles: gl.shared_memory_descriptor  # [STAGES, 1] int32
     rows: gl.shared_memory_descriptor  # [STAGES, 1, 1, 2, ROWS] f32
-    ds: gl.shared_memory_descriptor | gl.constexpr  # [1 or 2 * 2, ROWS, ROWS]
-    dq: gl.tuple | gl.constexpr  # [NUM_CONSUMERS, 1, 1, ROWS, columns / PARTS] f32
+    ds: gl.shared_memory_descriptor | gl.constexpr  # [2 * NUM_CONSUMERS, ROWS, ROWS]
+    dq: gl.tuple | gl.constexpr  # [NUM_CONSUMERS, 1, 1, ROWS, columns / 2] f32
     p: Handover | gl.constexpr
 
 
@@ -266,36 +265,36 @@ def products_of_rows(left, right, acc):
 
 
 @gluon.jit
-def products_of_part(call, shared, first_ds, zero, PART: gl.constexpr):
-    """dQ = dS K, issued: part PART of the columns of each chunk    of each chunk [ROWS, columns / PARTS] f32"""
+def half_products(call, shared, first_ds, zero, WARPGROUP: gl.constexpr):
+    """dQ = dS K, issued: a consumer's half of the columns of each chunk    of each chunk [ROWS, columns / 2] f32"""
     issued = ()
     for c in gl.static_range(len(shared.dq)):
-        issued += (product_of_chunk(call, shared, first_ds, zero, c, PART),)
+        issued += (half_product(call, shared, first_ds, zero, c, WARPGROUP),)
     return issued
 
 
 @gluon.jit
-def product_of_chunk(call, shared, first_ds, zero, C: gl.constexpr, PART: gl.constexpr):
-    """dQ = dS K, issued: part PART of the columns of chunk C    [ROWS, columns / PARTS] f32"""
-    COLUMNS: gl.constexpr = shared.dq[C].shape[4]
-    dq = accumulator(ROWS, COLUMNS)
+def half_product(call, shared, first_ds, zero, C: gl.constexpr, WARPGROUP: gl.constexpr):
+    """dQ = dS K, issued: a consumer's half of the columns of chunk C    [ROWS, columns / 2] f32"""
+    HALF: gl.constexpr = shared.dq[C].shape[4]
+    dq = accumulator(ROWS, HALF)
     for consumer in gl.static_range(call.NUM_CONSUMERS):
-        k = shared.k.tile(consumer + zero, C, zero).slice(PART * COLUMNS, COLUMNS, 1)
+        k = shared.k.tile(consumer + zero, C, zero).slice(WARPGROUP * HALF, HALF, 1)
         ds = shared.ds.index(first_ds + consumer).permute((1, 0))
         dq = warpgroup_mma(ds, k, dq, use_acc=consumer > 0, is_async=True)
     return dq
 
 
 @gluon.jit
-def add_part(dq, call, work, h, q_start, shared, zero, PART: gl.constexpr, WARPGROUP: gl.constexpr):
-    """dq, which is part PART of the columns of each chunk, is on its way to the sum of dQ."""
+def add_half(dq, call, work, h, q_start, shared, zero, WARPGROUP: gl.constexpr):
+    """dq, which is half the columns of each chunk, is on its way to the sum of dQ."""
     tma.store_wait(0)  # until what this consumer added before has been read
     for c in gl.static_range(len(dq)):
         shared.dq[c].index(WARPGROUP + zero).reshape(dq[c].shape).store(dq[c])
     fence_async_shared()
     column = 0
     for c in gl.static_range(len(dq)):
-        place = [work.b, h, q_start, column + PART * dq[c].shape[1]]
+        place = [work.b, h, q_start, column + WARPGROUP * dq[c].shape[1]]
         reduce_add(call.dq[c], place, shared.dq[c].index(WARPGROUP + zero))
         column += call.q[c].block_type.shape[3]
 
@@ -336,14 +335,13 @@ def score_slope(p, s, call, work, h, q_idx, kv_idx, IS_MASKED: gl.constexpr):
 @gluon.jit
 def gradient_step(i, dk, dv, k, v, call, work, h, shared, IS_MASKED: gl.constexpr, WARPGROUP: gl.constexpr):
     """dk and dv with the queries of step i added, whose dq gains the keys of all consumers. k, v: held, or None."""
-    NUM_CONSUMERS: gl.constexpr = call.NUM_CONSUMERS
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     DTYPE: gl.constexpr = call.q[0].dtype
     # 0, but the compiler can't know: so it computes anew, each step, where tiles that stay the same lie, and their
     # addresses take no registers
     zero = i >> 30
     q = shared.q.chunks(i)
-    dout = shared.dout.chunks(i, zero)
+    dout = shared.dout.chunks(i)
     if k is None:
         k = shared.k.chunks(WARPGROUP + zero, zero)
     else:
@@ -377,27 +375,18 @@ def gradient_step(i, dk, dv, k, v, call, work, h, shared, IS_MASKED: gl.constexp
         dv = finished(dv, len(dk))
         shared.dout.release(i)
     else:
-        if NUM_CONSUMERS == 2:
-            first_ds = (i & 1) * 2
-        else:
-            # the last step's dS^T has been read: its dQ was waited for, and then all warps met to release Q
-            first_ds = zero
+        first_ds = (i & 1) * 2
         shared.ds.index(first_ds + WARPGROUP).store(ds)
         fence_async_shared()
-        if NUM_CONSUMERS == 2:
-            meet()  # and who is here has read dS^T of the step before, whose place the next step's takes
-        # dQ = dS K, a part of its columns    of each chunk [ROWS, columns / PARTS] f32
-        dq = products_of_part(call, shared, first_ds, zero, WARPGROUP)
+        meet()  # and who is here has read dS^T of the step before, whose place the next step's takes
+        # dQ = dS K, its half of the columns    of each chunk [ROWS, columns / 2] f32
+        dq = half_products(call, shared, first_ds, zero, WARPGROUP)
         # dK += dS^T Q
         dk = products_of_rows(ds, q, dk)
         done = finished(dq + dv, len(dk))
         dv = done[len(dq) :]
         shared.dout.release(i)
-        add_part(done[: len(dq)], call, work, h, q_start, shared, zero, WARPGROUP, WARPGROUP)
-        if columns_of(call.q) > columns_of(call.dq) * NUM_CONSUMERS:
-            # the other part, for which there were no registers before (C7512)
-            dq = finished(products_of_part(call, shared, first_ds, zero, 1), 0)
-            add_part(dq, call, work, h, q_start, shared, zero, 1, WARPGROUP)
+        add_half(done[: len(dq)], call, work, h, q_start, shared, zero, WARPGROUP)
     dk = finished(dk, 0)
     shared.q.release(i)
     return dk, dv
@@ -523,8 +512,7 @@ def differentiate(call, shared, WARPGROUP: gl.constexpr):
             i += 1
     if shared.dq is not None:
         tma.store_wait(0)
-        if call.NUM_CONSUMERS == 2:
-            meet()  # the other has read K for its last dQ
+        meet()  # the other has read K for its last dQ
     # in the place of K and V
     kv_start = work.kv_start + WARPGROUP * ROWS
     store_chunks(call.dk, dk, call.scale, shared.k, work.b, work.h_kv, kv_start, WARPGROUP)
@@ -543,7 +531,7 @@ def hopper_backward_kernel(
     dout,  # [B, Hq, Sq, DV]
     dout_rest,
     rows,  # [B, Hq, 2, Sq] f32: lse in base 2 and -delta, of hopper_rows.py
-    dq,  # [B, Hq, Sq, D] f32, in blocks of a part of the columns: dQ / scale is added to it; or None
+    dq,  # [B, Hq, Sq, D] f32, in blocks of half the columns: dQ / scale is added to it; or None
     dq_rest,
     dk,  # [B, Hkv, Skv, D]
     dk_rest,
@@ -564,15 +552,14 @@ def hopper_backward_kernel(
     SCORE: gl.constexpr,
     SCORE_GRAD: gl.constexpr,
     G: gl.constexpr,
-    NUM_CONSUMERS: gl.constexpr,  # 1 or 2
+    NUM_CONSUMERS: gl.constexpr,  # 2, or 1 where dq is None
     TILE_Q: gl.constexpr,
     TILE_KV: gl.constexpr,
     IS_EVEN_Q: gl.constexpr,  # no tile hangs over the end of the queries
     IS_EVEN_KV: gl.constexpr,  # nor of the keys
     IS_HELD: gl.constexpr,  # K and V of head dim 64 stay in registers
     IS_SPLIT: gl.constexpr,  # one consumer has dk, the other dv
-    STAGES: gl.constexpr,  # of q
-    DOUT_STAGES: gl.constexpr,
+    STAGES: gl.constexpr,  # of q and dout
     REGISTERS: gl.constexpr,  # of the roles but the first
 ):
     """dk and dv of one tile of keys, and what it adds to dq. Grid: a program for each tile of each head of keys, in the
@@ -590,12 +577,11 @@ def hopper_backward_kernel(
     if dq is not None:
         dq = chunks_of(dq, dq_rest)
         DS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, ROWS], q[0].dtype)
-        NUM_DS: gl.constexpr = 2 * 2 if NUM_CONSUMERS == 2 else 1
-        staged_ds = gl.allocate_shared_memory(q[0].dtype, [NUM_DS, ROWS, ROWS], DS_LAYOUT)
+        staged_ds = gl.allocate_shared_memory(q[0].dtype, [2 * NUM_CONSUMERS, ROWS, ROWS], DS_LAYOUT)
         staged_dq = allocate_tiles(dq, NUM_CONSUMERS)
     shared = Shared(
         Ring.create(q, STAGES, NUM_CONSUMERS),
-        Ring.create(dout, DOUT_STAGES, NUM_CONSUMERS),
+        Ring.create(dout, STAGES, NUM_CONSUMERS),
         Ring.create(k, BLOCK_KV // ROWS, 1),
         Ring.create(v, BLOCK_KV // ROWS, 1),
         gl.allocate_shared_memory(gl.int32, [STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])),

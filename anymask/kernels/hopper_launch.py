@@ -149,7 +149,7 @@ def backward_recipe(
 
     Arguments as of forward_recipe; the walk's rows are tiles of keys.
     """
-    (_, Hq, Sq, D), (_, Hkv, Skv, _) = q.shape, k.shape
+    (_, Hq, Sq, _), (_, Hkv, Skv, _) = q.shape, k.shape
     num_rows, num_heads = walk[3:5]
     registers, of_roles = HOPPER_REGISTERS[config.num_consumers]
     return Recipe(
@@ -161,7 +161,7 @@ def backward_recipe(
         *_descriptors(v, CONSUMER_ROWS),
         *_descriptors(dout, CONSUMER_ROWS),
         _descriptor(rows_layout(q), (2, CONSUMER_ROWS)),
-        *(_descriptors(sum_layout(q), CONSUMER_ROWS, config.num_parts(D)) if config.is_fused else (None, None)),
+        *(_descriptors(sum_layout(q), CONSUMER_ROWS, config.num_consumers) if config.is_fused else (None, None)),
         *_descriptors(dk, CONSUMER_ROWS),
         *_descriptors(dv, CONSUMER_ROWS),
         *walk,
@@ -182,7 +182,6 @@ def backward_recipe(
         IS_HELD=config.is_held,
         IS_SPLIT=config.is_split,
         STAGES=config.num_stages,
-        DOUT_STAGES=config.num_dout_stages,
         REGISTERS=of_roles,
         num_warps=4,
         maxnreg=registers,

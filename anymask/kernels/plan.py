@@ -440,17 +440,15 @@ def _override_hopper(default: HopperConfig, wanted: Any, tile: tuple[int, int], 
 
 
 def hopper_backward_shared_memory(config: HopperBackwardConfig, D: int, Dv: int) -> int:
-    """Bytes of shared memory that the Hopper backward needs at most: K, V, stages of Q with lse and delta, and of dO;
-    dS, of two consumers of two steps; a part of dQ for each consumer; P of two steps, where it is handed over.
+    """Bytes of shared memory that the Hopper backward needs at most: K, V, stages of Q and dO with lse and delta; dS of
+    two steps, and dQ; P of two steps, where it is handed over.
     """
-    block_q, block_kv, num_consumers = config.BLOCK_Q, config.BLOCK_KV, config.num_consumers
-    num_parts = config.num_parts(D)
+    block_q, block_kv = config.BLOCK_Q, config.BLOCK_KV
     D, Dv = sum(chunks(D)), sum(chunks(Dv))
-    held = 2 * block_kv * (D + Dv)
-    staged = config.num_stages * block_q * (2 * D + 8) + config.num_dout_stages * block_q * 2 * Dv
-    fused = num_consumers * (2 * block_q * block_kv + 4 * block_q * D // num_parts) if config.is_fused else 0
+    fused = 2 * 2 * block_q * block_kv + 4 * block_q * D if config.is_fused else 0
     handed = 2 * 2 * block_q * block_kv if config.is_split else 0
-    return held + staged + fused + handed + 1024
+    staged = config.num_stages * block_q * (2 * (D + Dv) + 8)
+    return 2 * block_kv * (D + Dv) + staged + fused + handed + 1024
 
 
 def hopper_dq_shared_memory(config: HopperDqConfig, D: int, Dv: int) -> int:
@@ -484,6 +482,8 @@ def _hopper_backward(
         ) from None
     if chosen.num_consumers not in (1, 2):
         raise UnsupportedError(f"config['dkdv']: the Gluon backward has 1 or 2 consumers, not {chosen.num_consumers}")
+    if chosen.is_fused and chosen.num_consumers == 1:
+        raise UnsupportedError("config['dkdv']: one consumer leaves dq to another kernel. Try is_fused=False")
     if chosen.is_fused and deterministic:
         raise UnsupportedError(
             "config['dkdv']: where is_fused, the Gluon backward adds up dq in any order, and deterministic=True was "

@@ -90,7 +90,6 @@ def backward(
         ({"is_fused": False}, {}, "hopper_dq_kernel"),
         ({"is_fused": False, "num_consumers": 1}, {"dq": {"BLOCK_Q": 64}}, "dq_kernel"),
         ({"is_fused": True}, {}, "dq_of_sum_kernel"),
-        ({"is_fused": True, "num_consumers": 1}, {}, "dq_of_sum_kernel"),
     ],
 )
 def test_what_is_started(

@@ -161,7 +161,8 @@ def test_why_says_what_was_chosen() -> None:
             {"config": {"dkdv": {"is_fused": True, "BLOCK_Q": 64}}},
             "should name is_fused, is_held, is_split, num_consumers",
         ),
-        ({"config": {"dkdv": {"is_fused": True, "num_consumers": 3}}}, "1 or 2 consumers, not 3"),
+        ({"config": {"dkdv": {"is_fused": False, "num_consumers": 3}}}, "1 or 2 consumers, not 3"),
+        ({"config": {"dkdv": {"is_fused": True, "num_consumers": 1}}}, "leaves dq to another kernel"),
         ({"config": {"dkdv": {"is_fused": True, "is_held": True}}}, "D or Dv is at most 64"),
         ({"config": {"dkdv": {"is_fused": True, "num_stages": 4}}}, "other num_stages"),
         ({"config": {"dkdv": {"is_fused": True, "num_stages": 0}}}, "other num_stages"),
@@ -286,10 +287,8 @@ def test_the_hopper_backward_is_taken_where_config_asks_for_it(is_given_as_objec
     assert isinstance(plan(True, (16, 32)).forward, Config) and plan(True, (16, 32)).dkdv == fused.dkdv
     held = choose(problem(64), HEAVY, (64, 64), arch="sm_90", config={"dkdv": {"is_fused": True, "is_held": True}})
     assert isinstance(held.dkdv, HopperBackwardConfig) and held.dkdv.is_held and "K and V held" in held.why
-    one = choose(problem(64), HEAVY, (64, 64), arch="sm_90", config={"dkdv": {"is_fused": True, "num_consumers": 1}})
-    assert (
-        one.dkdv == HopperBackwardConfig(3, True, num_consumers=1) and "64x64 and dq in Gluon, 1 warpgroup," in one.why
-    )
+    one = choose(problem(64), HEAVY, (64, 64), arch="sm_90", config={"dkdv": {"is_fused": False, "num_consumers": 1}})
+    assert one.dkdv == HopperBackwardConfig(3, False, num_consumers=1) and "64x64 in Gluon, 1 warpgroup," in one.why
     assert walk_shapes(one, (64, 64))[1] == ((64, 64), True) and walk_shapes(one, (16, 16))[1] == ((64, 64), True)
 
 
@@ -384,7 +383,7 @@ def test_hopper_rows_fit() -> None:
             assert hopper_dq_shared_memory(hopper_dq_config(D, Dv, 65536, kinds), D, Dv) <= SHARED_LIMITS["sm_90"]
     dims = range(8, 257, 8)
     for D, Dv, num_consumers, is_fused in itertools.product(dims, dims, (1, 2), (False, True)):
-        if max(D, Dv) > 128 and (is_fused or num_consumers == 1):
+        if (is_fused and num_consumers == 1) or (max(D, Dv) > 128 and (is_fused or num_consumers == 1)):
             continue
         config = {"dkdv": {"is_fused": is_fused, "num_consumers": num_consumers}}
         backward = choose(problem(D, Dv), NONE, (64, 64), arch="sm_90", backend="gluon", config=config).dkdv
