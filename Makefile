@@ -35,7 +35,8 @@ endif
 
 aot: $(READY) $(NEWEST)
 	$(PY) benchmarks/aot.py
-	PYTHONPATH=$(NEWEST) $(PY) benchmarks/aot.py --sample --kernels hopper_forward hopper_dkdv
+	PYTHONPATH=$(NEWEST) $(PY) benchmarks/aot.py --sample --kernels \
+		hopper_forward rows dq_of_sum hopper_dkdv hopper_lone hopper_dq
 
 # One thread: what else runs on the machine disturbs the times least.
 gallery: $(READY)

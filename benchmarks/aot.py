@@ -180,6 +180,7 @@ def sample_jobs() -> Iterator[Job]:
     persistent = HOPPER_VARIANTS[0][1]
     yield Job("documents_causal", "", "bf16", 128, 128, "sm_90", kernels=("hopper_forward",), hopper=persistent)
     yield Job("causal_top_left", "capped", "bf16", 128, 128, "sm_90", kernels=tuple(HOPPER_BACKWARDS))
+    yield Job("documents_causal", "", "bf16", 192, 128, "sm_90", kernels=("hopper_dkdv", "hopper_dq"))
     yield Job("block_diffusion", "capped_and_biased", "f16", 64, 64, "sm_80", Sq=1000)
     yield Job("bit_table", "", "bf16", 256, 256, "sm_90", kernels=("forward", "dkdv"))
     yield Job("tree", "", "f32", 64, 64, "sm_90", kernels=("forward",))

@@ -50,7 +50,7 @@ class HopperConfig:
 
 @dataclass(frozen=True)
 class HopperBackwardConfig:
-    """Of the Hopper dK/dV kernel, of consumer warpgroups. num_stages: tiles of Q in shared memory.
+    """Of the Hopper kernel for dK and dV, by consumer warpgroups. num_stages: tiles of Q in shared memory.
 
     is_fused: it adds up dQ too, in whatever order its programs come. Else dQ has a kernel of its own.
     is_held: K and V of head dim 64 stay in registers: fewer reads of shared memory for 32 instructions a step.

@@ -148,7 +148,7 @@ def row_of(call, number):
     h = head % call.Hq
     if call.walk is None:
         num_full = call.Skv // BLOCK_KV
-        return (b, h, rank * BLOCK_Q, 0, gl.cdiv(call.Skv, BLOCK_KV) - num_full, num_full)
+        return (b, h, rank * BLOCK_Q, gl.to_tensor(0), gl.cdiv(call.Skv, BLOCK_KV) - num_full, num_full)
     else:
         STEPS: gl.constexpr = call.TILE_KV // BLOCK_KV
         first_row = map_of(call.map_strides, b, h) * call.num_rows

@@ -14,6 +14,8 @@ ROOT = Path(__file__).parents[2]
 
 
 NEWEST_TRITON = ROOT / ".venv" / "newest"  # where `make` installs it
+# but hopper_backward: Triton 3.9 spills 420 bytes of it, see docs/notes/006-hopper-backward.md
+HOPPER_KERNELS = ("hopper_forward", "rows", "dq_of_sum", "hopper_dkdv", "hopper_lone", "hopper_dq")
 
 
 def aot(*arguments: str, first: Path = ROOT) -> str:
@@ -44,7 +46,7 @@ def test_sample_compiles() -> None:
 @pytest.mark.slow
 def test_hopper_kernels_compile_with_the_newest_triton() -> None:
     assert NEWEST_TRITON.exists(), f"no Triton in {NEWEST_TRITON}: `make {NEWEST_TRITON.relative_to(ROOT)}` installs it"
-    printed = aot("--sample", "--kernels", "hopper_forward", "hopper_dkdv", first=NEWEST_TRITON)
+    printed = aot("--sample", "--kernels", *HOPPER_KERNELS, first=NEWEST_TRITON)
     (version,) = (line for line in (ROOT / "requirements" / "newest.txt").read_text().splitlines() if "==" in line)
     assert printed.startswith(f"Triton {version.removeprefix('triton==')}\n")
 
