@@ -54,6 +54,7 @@ class HopperBackwardConfig:
 
     is_fused: it adds up dQ too, in whatever order its programs come. Else dQ has a kernel of its own.
     is_held: K and V of head dim 64 stay in registers: fewer reads of shared memory for 32 instructions a step.
+    is_late: a step adds dQ of the step before, so that no warpgroup waits for the other's dS; for some more instructions.
     is_split: of the same 64 keys one warpgroup has S, P and dV, the other dP, dS and dK: registers do for both up to
     head dim 128 alone. Else each has both, of 64 keys of its own.
     num_consumers: 2, or, not fused, 1, of which a multiprocessor runs two programs at a time where they fit.
@@ -64,6 +65,7 @@ class HopperBackwardConfig:
     is_held: bool = False
     is_split: bool = False
     num_consumers: int = 2
+    is_late: bool = False
 
     BLOCK_Q: ClassVar[int] = 64
 
@@ -73,7 +75,7 @@ class HopperBackwardConfig:
 
     def __str__(self) -> str:
         warpgroups = f"{self.num_consumers} warpgroup" + "s" * (self.num_consumers > 1)
-        ways = " and dq" * self.is_fused + f" in Gluon, {warpgroups}" + ", K and V held" * self.is_held
+        ways = " and dq" * self.is_fused + ", late" * self.is_late + f" in Gluon, {warpgroups}" + ", K and V held" * self.is_held
         return f"{self.BLOCK_Q}x{self.BLOCK_KV}{ways}{', of dk and dv' * self.is_split}, {self.num_stages} stages"
 
 
@@ -290,21 +292,20 @@ LONE = HopperBackwardConfig(2, is_fused=False, num_consumers=1)
 HOPPER_BACKWARD_ROWS = (
     # S 16384 447 / 442, 8192 442 / 422, 2048 397 / 335, 1024 348 / 260, 512 281 / 178, not held 412 / 417, 405 / 399;
     # 390 / 368, 383 / 357, 365 / 309, 358 / 251, 303 / 175
-    HopperBackwardRow(64, 64, HopperBackwardConfig(3, is_fused=True, is_held=True), 2048),
+    HopperBackwardRow(64, 64, HopperBackwardConfig(3, is_fused=True, is_held=True, is_late=True), 2048),
     # causal S 8192 375, 1024 239; the portable one 346, 246
     HopperBackwardRow(64, 64, HopperBackwardConfig(3, is_fused=False), 2048),
     # D 48, S 8192: - / 290; - / 265. D 32 278 / 269; 281 / 267. D 16 156 / 158; 186 / 157
-    HopperBackwardRow(40, 64, HopperBackwardConfig(3, is_fused=True), 2048),
+    HopperBackwardRow(40, 64, HopperBackwardConfig(3, is_fused=True, is_late=True), 2048),
     # S 8192, causal, D 72 and 96, apart 349 and 434, fused 336 and 400
     HopperBackwardRow(40, 96, LONE, only="segmented", max_Skv=32768),
-    HopperBackwardRow(65, 96, HopperBackwardConfig(2, is_fused=False)),
-    HopperBackwardRow(40, 96, HopperBackwardConfig(2, is_fused=True)),
+    HopperBackwardRow(40, 96, HopperBackwardConfig(2, is_fused=True, is_late=True)),
     HopperBackwardRow(40, 96, HopperBackwardConfig(2, is_fused=False)),
     # 32k tokens in 256 documents 118, fused 95, with two consumers 108 and 92; 16k in 14 366, 327, 325, 348
     HopperBackwardRow(40, 128, LONE, only="segmented", max_Skv=32768),
     # S 16384 600 / 552, 8192 548 / 533, 2048 500 / 413, 512 347 / 223, three stages 545 / 553; 420 / 405, 413 / 401,
     # 386 / 342, 280 / 192. S 8192, causal, D 112, 128/64: 467, 433; 340, 356
-    HopperBackwardRow(40, 128, HopperBackwardConfig(2, is_fused=True)),
+    HopperBackwardRow(40, 128, HopperBackwardConfig(2, is_fused=True, is_late=True)),
     # S 16384 465 / 493, 8192 472 / 477, 2048 431 / 395, 512 328 / 220
     HopperBackwardRow(40, 128, HopperBackwardConfig(2, is_fused=False)),
     # S 8192, causal, 192/128 421, 256 473; 160 with the portable kernels 72

@@ -3,7 +3,8 @@
 A program has a tile of keys and walks the queries that see them. A consumer's step, everything transposed:
 S^T = K Q^T and dP^T = V dO^T issued; P^T while dP^T runs; dV += P^T dO issued; dS^T to shared memory, where the other
 consumer reads it; dQ = dS K issued, of which each consumer computes half the columns; dK += dS^T Q issued; dQ added to
-its accumulator by TMA. P^T and dS^T are operands in registers, dK and dV stay there to the end.
+its accumulator by TMA. P^T and dS^T are operands in registers, dK and dV stay there to the end. Late, dQ is that of the
+step before, so that consumers need not wait for each other.
 dQ may be left to hopper_dq.py. Then there may be one consumer: half the keys, and two programs on a multiprocessor, one
 of which computes while the other begins or ends. And above head dim 128 two consumers share the work on 64 keys.
 docs/notes/006-hopper-backward.md has why; hopper_rows.py what comes before and after.
@@ -21,6 +22,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from anymask.kernels.functions import kept, opaque
 from anymask.kernels.hopper_chunks import accumulator, accumulators, allocate_tiles, bytes_of, chunks_of, finished
 from anymask.kernels.hopper_pipeline import (
+    FIRST_BARRIER,
+    Exchange,
     Handover,
     Ring,
     begin_load,
@@ -36,6 +39,7 @@ from anymask.kernels.record import record
 from anymask.kernels.tile import hidden, log2_probability, map_of, ranked_row, work_of
 
 ROWS = gl.constexpr(64)  # keys of a consumer, and queries of a step
+EARLY_COLUMNS = gl.constexpr(96)  # head dims for which a late dQ is issued before the exponentials
 
 
 @record
@@ -72,6 +76,7 @@ class Call:
     IS_EVEN_Q: gl.constexpr
     IS_EVEN_KV: gl.constexpr
     IS_HELD: gl.constexpr
+    IS_LATE: gl.constexpr
 
 
 @record
@@ -133,8 +138,8 @@ class Shared:
     """What lies in shared memory. In k and v a stage is the keys of a consumer.
 
     tiles: which ROWS queries each stage of q has.  rows: their lse and -delta, one after the other.
-    ds: dS^T of the consumers, of even and odd steps.  dq: of each chunk half the columns of dQ, of each consumer. Both
-    are None where dQ is not computed here.  p: P^T * dT/dS, where one consumer has dv and the other dk, else None.
+    ds: dS^T of the consumers, of the last steps.  dq: of each chunk half the columns of dQ, of each consumer. Both are
+    None where dQ is not computed here.  p: P^T * dT/dS, where one consumer has dv and the other dk, else None.
     """
 
     q: Ring
@@ -143,9 +148,10 @@ class Shared:
     v: Ring
     tiles: gl.shared_memory_descriptor  # [STAGES, 1] int32
     rows: gl.shared_memory_descriptor  # [STAGES, 1, 1, 2, ROWS] f32
-    ds: gl.shared_memory_descriptor | gl.constexpr  # [2 * NUM_CONSUMERS, ROWS, ROWS]
+    ds: gl.shared_memory_descriptor | gl.constexpr  # [STEPS * NUM_CONSUMERS, ROWS, ROWS]
     dq: gl.tuple | gl.constexpr  # [NUM_CONSUMERS, 1, 1, ROWS, columns / 2] f32
     p: Handover | gl.constexpr
+    exchange: Exchange  # of ds
 
 
 # --- the producer ---
@@ -171,6 +177,7 @@ def load_tiles(call, shared):
             for step in range(num_steps):
                 q_start = tiles.start(step)
                 tiles = tiles.after(step)
+                shared.q.wait_empty(i)
                 full = shared.q.begin(i, bytes_of(call.q) + call.rows.block_type.nbytes)
                 stage = i % shared.q.STAGES
                 # so consumers need no walk; the barrier of dout, whose load begins after this, tells them of it
@@ -264,9 +271,18 @@ def products_of_rows(left, right, acc):
     return issued
 
 
+@gluon.constexpr_function
+def steps_of_ds(IS_LATE):
+    """So many steps' dS^T are kept. A consumer that has taken the other's of step i - 1 knows that step i - 2 of the
+    other is done, which read dS^T of step i - 2, or, late, of step i - 3: so it may write over that.
+    """
+    return 3 if IS_LATE else 2
+
+
 @gluon.jit
-def half_products(call, shared, first_ds, zero, WARPGROUP: gl.constexpr):
-    """dQ = dS K, issued: a consumer's half of the columns of each chunk    of each chunk [ROWS, columns / 2] f32"""
+def half_products(call, shared, i, zero, WARPGROUP: gl.constexpr):
+    """dQ = dS K of step i, issued: a consumer's half of the columns of each chunk    of each [ROWS, columns / 2] f32"""
+    first_ds = i % steps_of_ds(call.IS_LATE) * call.NUM_CONSUMERS
     issued = ()
     for c in gl.static_range(len(shared.dq)):
         issued += (half_product(call, shared, first_ds, zero, c, WARPGROUP),)
@@ -286,15 +302,24 @@ def half_product(call, shared, first_ds, zero, C: gl.constexpr, WARPGROUP: gl.co
 
 
 @gluon.jit
-def add_half(dq, call, work, h, q_start, shared, zero, WARPGROUP: gl.constexpr):
-    """dq, which is half the columns of each chunk, is on its way to the sum of dQ."""
-    tma.store_wait(0)  # until what this consumer added before has been read
+def give_ds(ds, call, shared, i, WARPGROUP: gl.constexpr):
+    """dS^T of step i is where the other consumer reads it."""
+    shared.ds.index(i % steps_of_ds(call.IS_LATE) * call.NUM_CONSUMERS + WARPGROUP).store(ds)
+    fence_async_shared()
+    shared.exchange.give(i, WARPGROUP)
+
+
+@gluon.jit
+def add_half(dq, call, work, where, shared, zero, WARPGROUP: gl.constexpr):
+    """dq, which is half the columns of each chunk, is on its way to the sum of dQ. What this consumer added before has
+    been read.  where: the head and the first query; past the end, nothing is added.
+    """
     for c in gl.static_range(len(dq)):
         shared.dq[c].index(WARPGROUP + zero).reshape(dq[c].shape).store(dq[c])
     fence_async_shared()
     column = 0
     for c in gl.static_range(len(dq)):
-        place = [work.b, h, q_start, column + WARPGROUP * dq[c].shape[1]]
+        place = [work.b, where[0], where[1], column + WARPGROUP * dq[c].shape[1]]
         reduce_add(call.dq[c], place, shared.dq[c].index(WARPGROUP + zero))
         column += call.q[c].block_type.shape[3]
 
@@ -333,8 +358,11 @@ def score_slope(p, s, call, work, h, q_idx, kv_idx, IS_MASKED: gl.constexpr):
 
 
 @gluon.jit
-def gradient_step(i, dk, dv, k, v, call, work, h, shared, IS_MASKED: gl.constexpr, WARPGROUP: gl.constexpr):
-    """dk and dv with the queries of step i added, whose dq gains the keys of all consumers. k, v: held, or None."""
+def gradient_step(i, last, dk, dv, k, v, call, work, h, shared, IS_MASKED: gl.constexpr, WARPGROUP: gl.constexpr):
+    """dk and dv with the queries of step i added, whose dq gains the keys of all consumers. k, v: held, or None.
+
+    Late, the dq of the step before does, whose head and first query are `last`.
+    """
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     DTYPE: gl.constexpr = call.q[0].dtype
     # 0, but the compiler can't know: so it computes anew, each step, where tiles that stay the same lie, and their
@@ -358,16 +386,22 @@ def gradient_step(i, dk, dv, k, v, call, work, h, shared, IS_MASKED: gl.constexp
     # dP^T - delta = V dO^T - delta    [ROWS, ROWS] f32
     shared.dout.wait(i)
     dp = product_of_columns(v, dout, less_delta, True)
+    dq = ()
+    # registers do for dQ beside S and dP
+    IS_EARLY: gl.constexpr = call.IS_LATE and columns_of(call.k) <= EARLY_COLUMNS
+    if IS_EARLY:
+        shared.exchange.take(i + 1, WARPGROUP)
+        dq = half_products(call, shared, i + 2, zero, WARPGROUP)
     q_start = first_query(shared, i)
     lse_log2 = row_vector(call, shared, i, 0, S_LAYOUT)
-    s = warpgroup_mma_wait(len(v), deps=[s])
+    s = warpgroup_mma_wait(len(v) + len(dq), deps=[s])
     q_idx, kv_idx = indices(q_start, work.kv_start + WARPGROUP * ROWS, S_LAYOUT)
     p = probability(s, lse_log2, call, work, h, q_idx, kv_idx, IS_MASKED)
     # dV += P^T dO
     dv = products_of_rows(p.to(DTYPE), dout, dv)
     # dS^T = P^T * dT/dS * dP^T    [ROWS, ROWS] f32. In this order S is done with before dP^T
     p = score_slope(p, s, call, work, h, q_idx, kv_idx, IS_MASKED)
-    dp = warpgroup_mma_wait(len(dv), deps=[dp])
+    dp = warpgroup_mma_wait(len(dq) + len(dv), deps=[dp])
     ds = (p * dp).to(DTYPE)
     if shared.dq is None:
         # dK += dS^T Q
@@ -375,21 +409,34 @@ def gradient_step(i, dk, dv, k, v, call, work, h, shared, IS_MASKED: gl.constexp
         dv = finished(dv, len(dk))
         shared.dout.release(i)
     else:
-        first_ds = (i & 1) * 2
-        shared.ds.index(first_ds + WARPGROUP).store(ds)
-        fence_async_shared()
-        meet()  # and who is here has read dS^T of the step before, whose place the next step's takes
         # dQ = dS K, its half of the columns    of each chunk [ROWS, columns / 2] f32
-        dq = half_products(call, shared, first_ds, zero, WARPGROUP)
+        if call.IS_LATE:
+            if not IS_EARLY:
+                shared.exchange.take(i + 1, WARPGROUP)
+                dq = half_products(call, shared, i + 2, zero, WARPGROUP)
+            tma.store_wait(0)  # until what this consumer added to dQ has been read; its warps wait for each other here
+            give_ds(ds, call, shared, i, WARPGROUP)
+        else:
+            give_ds(ds, call, shared, i, WARPGROUP)
+            tma.store_wait(0)
+            shared.exchange.take(i, WARPGROUP)
+            dq = half_products(call, shared, i, zero, WARPGROUP)
         # dK += dS^T Q
         dk = products_of_rows(ds, q, dk)
-        done = finished(dq + dv, len(dk))
-        dv = done[len(dq) :]
-        shared.dout.release(i)
-        add_half(done[: len(dq)], call, work, h, q_start, shared, zero, WARPGROUP)
+        if IS_EARLY:
+            dq = finished(dq, len(dv) + len(dk))
+        else:
+            done = finished(dq + dv, len(dk))
+            dq = done[: len(dq)]
+            dv = done[len(dq) :]
+            shared.dout.release(i)
+        add_half(dq, call, work, last if call.IS_LATE else (h, q_start), shared, zero, WARPGROUP)
+        if IS_EARLY:
+            dv = finished(dv, len(dk))
+            shared.dout.release(i)
     dk = finished(dk, 0)
     shared.q.release(i)
-    return dk, dv
+    return (h, q_start), dk, dv
 
 
 @gluon.jit
@@ -500,18 +547,29 @@ def differentiate(call, shared, WARPGROUP: gl.constexpr):
         k = held(shared.k, WARPGROUP)
     if call.IS_HELD and columns_of(call.v) <= 64:
         v = held(shared.v, WARPGROUP)
-    i = 0
+    i = gl.to_tensor(0)
+    last = (gl.to_tensor(0), call.Sq)  # dQ of the step before step 0 is anything: it is added nowhere
+    if call.IS_LATE:
+        shared.exchange.give(1, WARPGROUP)
     for g in range(call.G):
         visit = visit_of(call, work, g)
         if MAY_HIDE:
             for _ in range(visit.num_masked):
-                dk, dv = gradient_step(i, dk, dv, k, v, call, work, visit.h, shared, True, WARPGROUP)
+                last, dk, dv = gradient_step(
+                    i, last, dk, dv, k, v, call, work, visit.h, shared, True, WARPGROUP
+                )
                 i += 1
         for _ in range(visit.num_full):
-            dk, dv = gradient_step(i, dk, dv, k, v, call, work, visit.h, shared, False, WARPGROUP)
+            last, dk, dv = gradient_step(i, last, dk, dv, k, v, call, work, visit.h, shared, False, WARPGROUP)
             i += 1
     if shared.dq is not None:
         tma.store_wait(0)
+        if call.IS_LATE:
+            zero = i >> 30
+            shared.exchange.take(i + 1, WARPGROUP)
+            dq = finished(half_products(call, shared, i + 2, zero, WARPGROUP), 0)
+            add_half(dq, call, work, last, shared, zero, WARPGROUP)
+            tma.store_wait(0)
         meet()  # the other has read K for its last dQ
     # in the place of K and V
     kv_start = work.kv_start + WARPGROUP * ROWS
@@ -558,6 +616,7 @@ def hopper_backward_kernel(
     IS_EVEN_Q: gl.constexpr,  # no tile hangs over the end of the queries
     IS_EVEN_KV: gl.constexpr,  # nor of the keys
     IS_HELD: gl.constexpr,  # K and V of head dim 64 stay in registers
+    IS_LATE: gl.constexpr,  # a step computes dQ of the step before
     IS_SPLIT: gl.constexpr,  # one consumer has dk, the other dv
     STAGES: gl.constexpr,  # of q and dout
     REGISTERS: gl.constexpr,  # of the roles but the first
@@ -577,18 +636,20 @@ def hopper_backward_kernel(
     if dq is not None:
         dq = chunks_of(dq, dq_rest)
         DS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, ROWS], q[0].dtype)
-        staged_ds = gl.allocate_shared_memory(q[0].dtype, [2 * NUM_CONSUMERS, ROWS, ROWS], DS_LAYOUT)
+        STEPS: gl.constexpr = steps_of_ds(IS_LATE)
+        staged_ds = gl.allocate_shared_memory(q[0].dtype, [STEPS * NUM_CONSUMERS, ROWS, ROWS], DS_LAYOUT)
         staged_dq = allocate_tiles(dq, NUM_CONSUMERS)
     shared = Shared(
-        Ring.create(q, STAGES, NUM_CONSUMERS),
-        Ring.create(dout, STAGES, NUM_CONSUMERS),
+        Ring.create(q, STAGES, NUM_CONSUMERS, FIRST_BARRIER),
+        Ring.create(dout, STAGES, NUM_CONSUMERS, FIRST_BARRIER + STAGES),
         Ring.create(k, BLOCK_KV // ROWS, 1),
         Ring.create(v, BLOCK_KV // ROWS, 1),
         gl.allocate_shared_memory(gl.int32, [STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])),
         gl.allocate_shared_memory(gl.float32, [STAGES, 1, 1, 2, ROWS], rows.layout),
         staged_ds,
         staged_dq,
-        Handover.create(ROWS, ROWS, q[0].dtype) if IS_SPLIT else None,
+        Handover.create(ROWS, ROWS, q[0].dtype, FIRST_BARRIER + 2 * STAGES) if IS_SPLIT else None,
+        Exchange(FIRST_BARRIER + 2 * STAGES),
     )
     fence_async_shared()
     call = Call(
@@ -622,6 +683,7 @@ def hopper_backward_kernel(
         IS_EVEN_Q,
         IS_EVEN_KV,
         IS_HELD,
+        IS_LATE,
     )
     if IS_SPLIT:
         gl.warp_specialize(

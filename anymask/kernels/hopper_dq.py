@@ -12,9 +12,9 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from anymask.kernels.functions import near
 from anymask.kernels.hopper_bwd import ROWS, copies, product_of_columns, products_of_rows, store_chunks
-from anymask.kernels.hopper_chunks import accumulators, chunks_of, finished
+from anymask.kernels.hopper_chunks import accumulators, bytes_of, chunks_of, finished
 from anymask.kernels.hopper_fwd import indices, row_from, row_of, walks_of
-from anymask.kernels.hopper_pipeline import Ring, read_number, write_number
+from anymask.kernels.hopper_pipeline import FIRST_BARRIER, Ring, read_number, write_number
 from anymask.kernels.record import record
 from anymask.kernels.tile import hidden, log2_probability
 
@@ -94,7 +94,7 @@ def load_tiles(call, shared):
             # so consumers need no walk; the barrier of K tells them of it
             shared.k.wait_empty(i)
             write_number(shared.tiles.index(i % shared.k.STAGES), kv_start // call.BLOCK_KV)
-            shared.k.load(i, call.k, row.b, kv_head, kv_start)
+            shared.k.fill(i, call.k, row.b, kv_head, kv_start, shared.k.begin(i, bytes_of(call.k)))
             shared.v.load(i, call.v, row.b, kv_head, kv_start)
             i += 1
 
@@ -238,8 +238,8 @@ def hopper_dq_kernel(
     shared = Shared(
         Ring.create(q, NUM_CONSUMERS, 1),
         Ring.create(dout, NUM_CONSUMERS, 1),
-        Ring.create(k, STAGES + 1, NUM_CONSUMERS),
-        Ring.create(v, STAGES, NUM_CONSUMERS),
+        Ring.create(k, STAGES + 1, NUM_CONSUMERS, FIRST_BARRIER),
+        Ring.create(v, STAGES, NUM_CONSUMERS, FIRST_BARRIER + STAGES + 1),
         gl.allocate_shared_memory(gl.int32, [STAGES + 1, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])),
     )
     fence_async_shared()

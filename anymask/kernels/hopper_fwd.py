@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from anymask.kernels.functions import near
-from anymask.kernels.hopper_chunks import accumulators, allocate_tiles, chunks_of, finished
+from anymask.kernels.hopper_chunks import accumulators, allocate_tiles, bytes_of, chunks_of, finished
 from anymask.kernels.hopper_pipeline import (
     Ring,
     RowQueue,
@@ -233,7 +233,7 @@ def load_row(call, rings, row, n, i):
             if call.counter is not None and i == wanted:
                 rings.rows.want()
             write_number(rings.places.index(i % rings.k.STAGES), kv_start // call.BLOCK_KV)
-            rings.k.load(i, call.k, row.b, kv_head, kv_start)
+            rings.k.fill(i, call.k, row.b, kv_head, kv_start, rings.k.begin(i, bytes_of(call.k)))
             rings.v.load(i, call.v, row.b, kv_head, kv_start)
             i += 1
     return i

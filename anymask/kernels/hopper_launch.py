@@ -180,6 +180,7 @@ def backward_recipe(
         IS_EVEN_Q=Sq % tile[0] == 0,
         IS_EVEN_KV=Skv % tile[1] == 0,
         IS_HELD=config.is_held,
+        IS_LATE=config.is_late,
         IS_SPLIT=config.is_split,
         STAGES=config.num_stages,
         REGISTERS=of_roles,

@@ -52,40 +52,58 @@ def read_number(place, NUM_WARPS: gl.constexpr):
     return gl.max(place.load(of_a_role), 0)
 
 
+@gluon.constexpr_function
+def is_number(x):
+    return isinstance(x, int)
+
+
 @record
 class Ring:
     """Tiles in shared memory that one producer fills by TMA and consumers read, load after load.
 
     Load i lies in stage i % STAGES. Barrier full of a stage: its load has come. empty: all consumers are done with it.
-    A fresh barrier lets the wait for the phase before its first pass, so the first STAGES loads wait for nobody.
+    The first STAGES loads wait for nobody.
     A tile is in chunks of columns, side by side, each with a descriptor of the tensor: D = 96 as 64 + 32.
     """
 
     tiles: gl.tuple  # of each chunk: [STAGES, 1, 1, BLOCK, columns]
     full: gl.shared_memory_descriptor  # [STAGES, 1]
-    empty: gl.shared_memory_descriptor  # [STAGES, 1]
+    empty: gl.shared_memory_descriptor | gl.constexpr  # [STAGES, 1], or the first of STAGES named barriers
     STAGES: gl.constexpr
+    NUM_CONSUMERS: gl.constexpr
 
     @gluon.jit
-    def create(chunks, STAGES: gl.constexpr, NUM_CONSUMERS: gl.constexpr):
-        """An empty ring for tiles of the descriptors `chunks`."""
+    def create(chunks, STAGES: gl.constexpr, NUM_CONSUMERS: gl.constexpr, EMPTY: gl.constexpr = None):
+        """An empty ring for tiles of the descriptors `chunks`. EMPTY: the first of STAGES named barriers for empty.
+
+        Their warps do not wait for each other before one arrives for all, as at an mbarrier: the backwards are faster
+        so, the forward is not.
+        """
         tiles = allocate_tiles(chunks, STAGES)
         full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         for stage in gl.static_range(STAGES):
             mbarrier.init(full.index(stage), count=1)
-            mbarrier.init(empty.index(stage), count=NUM_CONSUMERS)
-        return Ring(tiles, full, empty, STAGES)
+        if EMPTY is None:
+            empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+            for stage in gl.static_range(STAGES):
+                mbarrier.init(empty.index(stage), count=NUM_CONSUMERS)
+            return Ring(tiles, full, empty, STAGES, NUM_CONSUMERS)
+        else:
+            return Ring(tiles, full, EMPTY, STAGES, NUM_CONSUMERS)
 
     @gluon.jit
     def wait_empty(self, i):
-        """Until the stage of load i is empty."""
-        mbarrier.wait(self.empty.index(i % self.STAGES), (i // self.STAGES & 1) ^ 1)
+        """Until the stage of load i is empty. Once for each load."""
+        if is_number(self.empty):
+            if i >= self.STAGES:
+                sync(self.empty + i % self.STAGES, 32 + 128 * self.NUM_CONSUMERS)
+        else:
+            # a fresh barrier lets the wait for the phase before its first pass
+            mbarrier.wait(self.empty.index(i % self.STAGES), (i // self.STAGES & 1) ^ 1)
 
     @gluon.jit
     def begin(self, i, NUM_BYTES: gl.constexpr):
-        """The barrier that load i, of so many bytes, completes when they have come; its stage is empty then."""
-        self.wait_empty(i)
+        """The barrier that load i, of so many bytes, completes when they have come. Its stage must be empty."""
         full = self.full.index(i % self.STAGES)
         mbarrier.expect(full, NUM_BYTES)
         return full
@@ -102,6 +120,7 @@ class Ring:
     @gluon.jit
     def load(self, i, chunks, b, h, start):
         """Load i, which is a tile and nothing else."""
+        self.wait_empty(i)
         self.fill(i, chunks, b, h, start, self.begin(i, bytes_of(chunks)))
 
     @gluon.jit
@@ -130,44 +149,62 @@ class Ring:
     @gluon.jit
     def release(self, i):
         """This consumer is done with load i."""
-        mbarrier.arrive(self.empty.index(i % self.STAGES), count=1)
+        if is_number(self.empty):
+            arrive(self.empty + i % self.STAGES, 32 + 128 * self.NUM_CONSUMERS)
+        else:
+            mbarrier.arrive(self.empty.index(i % self.STAGES), count=1)
 
 
 @record
 class Handover:
-    """Tiles that one consumer hands to another by way of shared memory, one after the other."""
+    """Tiles that one consumer hands to another by way of shared memory, one after the other.
+
+    FIRST: of four named barriers, full and empty of both places.
+    """
 
     tiles: gl.shared_memory_descriptor  # [2, rows, columns]
-    full: gl.shared_memory_descriptor  # [2, 1]
-    empty: gl.shared_memory_descriptor  # [2, 1]
+    FIRST: gl.constexpr
 
     @gluon.jit
-    def create(ROWS: gl.constexpr, COLUMNS: gl.constexpr, DTYPE: gl.constexpr):
+    def create(ROWS: gl.constexpr, COLUMNS: gl.constexpr, DTYPE: gl.constexpr, FIRST: gl.constexpr):
         LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, COLUMNS], DTYPE)
-        tiles = gl.allocate_shared_memory(DTYPE, [2, ROWS, COLUMNS], LAYOUT)
-        full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-        empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-        for slot in gl.static_range(2):
-            mbarrier.init(full.index(slot), count=1)
-            mbarrier.init(empty.index(slot), count=1)
-        return Handover(tiles, full, empty)
+        return Handover(gl.allocate_shared_memory(DTYPE, [2, ROWS, COLUMNS], LAYOUT), FIRST)
 
     @gluon.jit
     def put(self, i, x):
         """The i-th tile, when the one before the last has been taken."""
-        slot = i % 2
-        mbarrier.wait(self.empty.index(slot), (i // 2 & 1) ^ 1)
-        self.tiles.index(slot).store(x)
-        mbarrier.arrive(self.full.index(slot), count=1)
+        if i >= 2:
+            sync(self.FIRST + 2 + i % 2, 256)
+        self.tiles.index(i % 2).store(x)
+        arrive(self.FIRST + i % 2, 256)
 
     @gluon.jit
     def take(self, i, LAYOUT: gl.constexpr):
         """The i-th tile, as soon as it is there."""
-        slot = i % 2
-        mbarrier.wait(self.full.index(slot), i // 2 & 1)
-        x = self.tiles.index(slot).load(LAYOUT)
-        mbarrier.arrive(self.empty.index(slot), count=1)
+        sync(self.FIRST + i % 2, 256)
+        x = self.tiles.index(i % 2).load(LAYOUT)
+        arrive(self.FIRST + 2 + i % 2, 256)
         return x
+
+
+@record
+class Exchange:
+    """Step by step each of two consumers gives the other something, and takes what the other gave, in either order.
+
+    FIRST: of four named barriers: of even and odd steps, of each consumer. So one may be a step ahead.
+    """
+
+    FIRST: gl.constexpr
+
+    @gluon.jit
+    def give(self, i, WARPGROUP: gl.constexpr):
+        """This consumer's part of step i is there."""
+        arrive(self.FIRST + i % 2 * 2 + WARPGROUP, 256)
+
+    @gluon.jit
+    def take(self, i, WARPGROUP: gl.constexpr):
+        """Until the other's part of step i is there."""
+        sync(self.FIRST + i % 2 * 2 + 1 - WARPGROUP, 256)
 
 
 @record
@@ -223,34 +260,49 @@ class RowQueue:
         return fields
 
 
-# --- turns: two warpgroups issue their products one after the other, so that one's softmax overlaps the other's
-# products. Named barrier 14 is the turn of warpgroup 0, 15 of warpgroup 1 (the compiler uses the first few itself): who
-# waits for a turn and who passes it on are 128 threads each.
+# --- named barriers: who waits there, or only arrives, comes as whole warps, and no warp of a warpgroup waits for the
+# others before it arrives, as at an mbarrier. There are 16, and the compiler takes the first four.
+
+FIRST_BARRIER = gl.constexpr(4)
 
 
 @gluon.constexpr_function
-def barrier_asm(what, turn):
-    return f"{what} {14 + turn}, 256; mov.u32 $0, 0;"
+def barrier_asm(what, NUM_THREADS):
+    return f"{what} $1, {NUM_THREADS}; mov.u32 $0, 0;"
+
+
+@gluon.jit
+def sync(barrier, NUM_THREADS: gl.constexpr):
+    """Until so many threads have come here, or arrived. What they wrote before, and read, they have."""
+    # not bar: each role has an instruction of its own, and bar promises that it is the same for all threads
+    ASM: gl.constexpr = barrier_asm("barrier.sync", NUM_THREADS)
+    gl.inline_asm_elementwise(ASM, "=r,r,~{memory}", [barrier], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def arrive(barrier, NUM_THREADS: gl.constexpr):
+    """As one of the threads that others wait for."""
+    ASM: gl.constexpr = barrier_asm("barrier.arrive", NUM_THREADS)
+    gl.inline_asm_elementwise(ASM, "=r,r,~{memory}", [barrier], dtype=gl.int32, is_pure=False, pack=1)
+
+
+# Turns: two warpgroups issue their products one after the other, so that one's softmax overlaps the other's products.
+# Barrier 14 is the turn of warpgroup 0, 15 of warpgroup 1.
+FIRST_TURN = gl.constexpr(14)
 
 
 @gluon.jit
 def wait_turn(WARPGROUP: gl.constexpr):
-    ASM: gl.constexpr = barrier_asm("bar.sync", WARPGROUP)
-    gl.inline_asm_elementwise(ASM, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    sync(gl.to_tensor(FIRST_TURN + WARPGROUP), 256)
 
 
 @gluon.jit
 def pass_turn(WARPGROUP: gl.constexpr):
     """The other warpgroup's turn begins."""
-    ASM: gl.constexpr = barrier_asm("bar.arrive", 1 - WARPGROUP)
-    gl.inline_asm_elementwise(ASM, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    arrive(gl.to_tensor(FIRST_TURN + 1 - WARPGROUP), 256)
 
 
 @gluon.jit
 def meet():
-    """Both consumers wait for each other, in a kernel without turns.
-
-    barrier, not bar: each consumer has an instruction of its own, and bar promises that it is the same for all threads.
-    """
-    ASM: gl.constexpr = barrier_asm("barrier.sync", 0)
-    gl.inline_asm_elementwise(ASM, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    """Both consumers wait for each other, in a kernel without turns."""
+    sync(gl.to_tensor(FIRST_TURN), 256)

@@ -445,7 +445,7 @@ def hopper_backward_shared_memory(config: HopperBackwardConfig, D: int, Dv: int)
     """
     block_q, block_kv = config.BLOCK_Q, config.BLOCK_KV
     D, Dv = sum(chunks(D)), sum(chunks(Dv))
-    fused = 2 * 2 * block_q * block_kv + 4 * block_q * D if config.is_fused else 0
+    fused = (2 + config.is_late) * 2 * block_q * block_kv + 4 * block_q * D if config.is_fused else 0
     handed = 2 * 2 * block_q * block_kv if config.is_split else 0
     staged = config.num_stages * block_q * (2 * (D + Dv) + 8)
     return 2 * block_kv * (D + Dv) + staged + fused + handed + 1024
