@@ -52,6 +52,7 @@ from anymask.kernels.plan import (
     hopper_backward_shared_memory,
     hopper_dq_shared_memory,
     hopper_shared_memory,
+    kinds_of,
     shared_memory,
 )
 from anymask.problem import Problem
@@ -76,10 +77,12 @@ KERNELS = ("forward", "dkdv", "dq", "classify", "walk", "order")
 # Only where plan.py has one. hopper_backward: with dQ in it, after rows and before dq_of_sum; and its variants.
 # hopper_dq: after hopper_dkdv.
 HOPPER_KERNELS = ("hopper_forward", "rows", "hopper_backward", "dq_of_sum", "hopper_dkdv", "hopper_lone", "hopper_dq")
+HOPPER_KERNELS += ("hopper_wide",)
 HOPPER_BACKWARDS: dict[str, dict[str, Any]] = {
     "hopper_dkdv": {"is_fused": False},
     "hopper_lone": {"is_fused": False, "num_consumers": 1},
     "hopper_backward": {"is_fused": True},
+    "hopper_wide": {"is_fused": True, "BLOCK_Q": 128, "num_stages": 2},  # where nothing is masked or scored
 }
 TWO = {"BLOCK_Q": 128, "BLOCK_KV": 128, "num_stages": 2, "has_turns": True}
 THREE = TWO | {"BLOCK_Q": 192, "num_stages": 3, "has_turns": False}
@@ -215,6 +218,8 @@ def compile_job(job: Job) -> list[Row]:
             gluon_plan = choose(problem, mods, tile, arch=job.arch, backend="gluon", config=config)
             launch.forward(q, k, v, mods, bindings, blocks, gluon_plan, 0.125)
             for name, wanted in HOPPER_BACKWARDS.items():
+                if name == "hopper_wide" and "dense" not in kinds_of(mods):
+                    continue
                 hopper_config = {"dkdv": wanted}
                 hopper_plans[name] = choose(problem, mods, tile, arch=job.arch, backend="gluon", config=hopper_config)
                 launch.backward(dout, None, q, k, v, out, lse, mods, bindings, blocks, hopper_plans[name], 0.125)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 
 @dataclass(frozen=True)
@@ -53,21 +52,17 @@ class HopperBackwardConfig:
     """Of the Hopper kernel for dK and dV, by consumer warpgroups. num_stages: tiles of Q in shared memory.
 
     is_fused: it adds up dQ too, in whatever order its programs come. Else dQ has a kernel of its own.
-    is_held: K and V of head dim 64 stay in registers: fewer reads of shared memory for 32 instructions a step.
-    is_late: a step adds dQ of the step before, so that no warpgroup waits for the other's dS; for some more instructions.
     is_split: of the same 64 keys one warpgroup has S, P and dV, the other dP, dS and dK: registers do for both up to
     head dim 128 alone. Else each has both, of 64 keys of its own.
     num_consumers: 2, or, not fused, 1, of which a multiprocessor runs two programs at a time where they fit.
+    BLOCK_Q: queries of a step, 64, or 128 where it is fused and head dims are up to 64.
     """
 
     num_stages: int
     is_fused: bool
-    is_held: bool = False
     is_split: bool = False
     num_consumers: int = 2
-    is_late: bool = False
-
-    BLOCK_Q: ClassVar[int] = 64
+    BLOCK_Q: int = 64
 
     @property
     def BLOCK_KV(self) -> int:
@@ -75,7 +70,7 @@ class HopperBackwardConfig:
 
     def __str__(self) -> str:
         warpgroups = f"{self.num_consumers} warpgroup" + "s" * (self.num_consumers > 1)
-        ways = " and dq" * self.is_fused + ", late" * self.is_late + f" in Gluon, {warpgroups}" + ", K and V held" * self.is_held
+        ways = " and dq" * self.is_fused + f" in Gluon, {warpgroups}"
         return f"{self.BLOCK_Q}x{self.BLOCK_KV}{ways}{', of dk and dv' * self.is_split}, {self.num_stages} stages"
 
 
@@ -290,22 +285,23 @@ LONE = HopperBackwardConfig(2, is_fused=False, num_consumers=1)
 
 # H200, bf16, 16,384 tokens in all, 2026-11-22. TFLOP/s, no mask / causal, all kernels of a backward; the portable ones.
 HOPPER_BACKWARD_ROWS = (
-    # S 16384 447 / 442, 8192 442 / 422, 2048 397 / 335, 1024 348 / 260, 512 281 / 178, not held 412 / 417, 405 / 399;
-    # 390 / 368, 383 / 357, 365 / 309, 358 / 251, 303 / 175
-    HopperBackwardRow(64, 64, HopperBackwardConfig(3, is_fused=True, is_held=True, is_late=True), 2048),
+    # S 8192 491, 1024 375; 64 queries a step 461, 357; the portable one 368, 345
+    HopperBackwardRow(64, 64, HopperBackwardConfig(2, is_fused=True, BLOCK_Q=128), 1024, only="dense"),
+    # causal S 8192 461, 1024 267, 512 177; 128 queries a step 455, 272; the portable one 359, 249, 174
+    HopperBackwardRow(64, 64, HopperBackwardConfig(3, is_fused=True), 1024),
     # causal S 8192 375, 1024 239; the portable one 346, 246
     HopperBackwardRow(64, 64, HopperBackwardConfig(3, is_fused=False), 2048),
-    # D 48, S 8192: - / 290; - / 265. D 32 278 / 269; 281 / 267. D 16 156 / 158; 186 / 157
-    HopperBackwardRow(40, 64, HopperBackwardConfig(3, is_fused=True, is_late=True), 2048),
-    # S 8192, causal, D 72 and 96, apart 349 and 434, fused 336 and 400
+    # D 48, S 8192, dq in its step: - / 290; - / 265. D 32 278 / 269; 281 / 267. D 16 156 / 158; 186 / 157
+    HopperBackwardRow(40, 64, HopperBackwardConfig(3, is_fused=True), 2048),
     HopperBackwardRow(40, 96, LONE, only="segmented", max_Skv=32768),
-    HopperBackwardRow(40, 96, HopperBackwardConfig(2, is_fused=True, is_late=True)),
+    # S 8192, causal, D 72 and 96, 389 and 492, apart 350 and 431
+    HopperBackwardRow(40, 96, HopperBackwardConfig(2, is_fused=True)),
     HopperBackwardRow(40, 96, HopperBackwardConfig(2, is_fused=False)),
-    # 32k tokens in 256 documents 118, fused 95, with two consumers 108 and 92; 16k in 14 366, 327, 325, 348
+    # 32k tokens in 256 documents 120, fused 93; 16k in 14 359, 361
     HopperBackwardRow(40, 128, LONE, only="segmented", max_Skv=32768),
-    # S 16384 600 / 552, 8192 548 / 533, 2048 500 / 413, 512 347 / 223, three stages 545 / 553; 420 / 405, 413 / 401,
-    # 386 / 342, 280 / 192. S 8192, causal, D 112, 128/64: 467, 433; 340, 356
-    HopperBackwardRow(40, 128, HopperBackwardConfig(2, is_fused=True, is_late=True)),
+    # S 16384 582 / -, 8192 572 / 577, 1024 - / 338; dq in its step 552 / -, 547 / 531, - / 328; three stages 586 / -,
+    # 572 / 514
+    HopperBackwardRow(40, 128, HopperBackwardConfig(2, is_fused=True)),
     # S 16384 465 / 493, 8192 472 / 477, 2048 431 / 395, 512 328 / 220
     HopperBackwardRow(40, 128, HopperBackwardConfig(2, is_fused=False)),
     # S 8192, causal, 192/128 421, 256 473; 160 with the portable kernels 72

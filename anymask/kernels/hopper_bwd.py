@@ -2,9 +2,9 @@
 
 A program has a tile of keys and walks the queries that see them. A consumer's step, everything transposed:
 S^T = K Q^T and dP^T = V dO^T issued; P^T while dP^T runs; dV += P^T dO issued; dS^T to shared memory, where the other
-consumer reads it; dQ = dS K issued, of which each consumer computes half the columns; dK += dS^T Q issued; dQ added to
-its accumulator by TMA. P^T and dS^T are operands in registers, dK and dV stay there to the end. Late, dQ is that of the
-step before, so that consumers need not wait for each other.
+consumer reads it; dQ = dS K issued, of which each consumer computes half; dK += dS^T Q issued; dQ added to its
+accumulator by TMA. P^T and dS^T are operands in registers, dK and dV stay there to the end. With ROWS queries a step dQ
+is late, that of the step before, so that consumers need not wait for each other.
 dQ may be left to hopper_dq.py. Then there may be one consumer: half the keys, and two programs on a multiprocessor, one
 of which computes while the other begins or ends. And above head dim 128 two consumers share the work on 64 keys.
 docs/notes/006-hopper-backward.md has why; hopper_rows.py what comes before and after.
@@ -38,8 +38,7 @@ from anymask.kernels.hopper_walk import Counting, Walking
 from anymask.kernels.record import record
 from anymask.kernels.tile import hidden, log2_probability, map_of, ranked_row, work_of
 
-ROWS = gl.constexpr(64)  # keys of a consumer, and queries of a step
-EARLY_COLUMNS = gl.constexpr(96)  # head dims for which a late dQ is issued before the exponentials
+ROWS = gl.constexpr(64)  # keys of a consumer: what one wgmma of a warpgroup takes
 
 
 @record
@@ -70,13 +69,12 @@ class Call:
     SCORE_GRAD: gl.constexpr
     G: gl.constexpr
     NUM_CONSUMERS: gl.constexpr
+    BLOCK_Q: gl.constexpr
     BLOCK_KV: gl.constexpr
     TILE_Q: gl.constexpr
     TILE_KV: gl.constexpr
     IS_EVEN_Q: gl.constexpr
     IS_EVEN_KV: gl.constexpr
-    IS_HELD: gl.constexpr
-    IS_LATE: gl.constexpr
 
 
 @record
@@ -122,14 +120,14 @@ def visit_of(call, work, g):
     TILE_Q: gl.constexpr = call.TILE_Q
     h = work.h_kv * call.G + g
     if call.walk is None:
-        num_steps = gl.cdiv(call.Sq, ROWS)
+        num_steps = gl.cdiv(call.Sq, call.BLOCK_Q)
         num_masked = gl.where(work.kv_start + call.BLOCK_KV > call.Skv, num_steps, 0)
-        tiles = Counting(gl.to_tensor(0), ROWS)
+        tiles = Counting(gl.to_tensor(0), call.BLOCK_Q)
         return Visit(h, num_masked, num_steps - num_masked, tiles, tiles)
     else:
         row = map_of(call.map_strides, work.b, h) * call.num_rows + work.row
-        masked, num_masked = Walking.open(call.walk, call.num_words, row, TILE_Q, ROWS, False)
-        full, num_full = Walking.open(call.walk, call.num_words, row, TILE_Q, ROWS, True)
+        masked, num_masked = Walking.open(call.walk, call.num_words, row, TILE_Q, call.BLOCK_Q, False)
+        full, num_full = Walking.open(call.walk, call.num_words, row, TILE_Q, call.BLOCK_Q, True)
         return Visit(h, num_masked, num_full, masked, full)
 
 
@@ -137,9 +135,9 @@ def visit_of(call, work, g):
 class Shared:
     """What lies in shared memory. In k and v a stage is the keys of a consumer.
 
-    tiles: which ROWS queries each stage of q has.  rows: their lse and -delta, one after the other.
-    ds: dS^T of the consumers, of the last steps.  dq: of each chunk half the columns of dQ, of each consumer. Both are
-    None where dQ is not computed here.  p: P^T * dT/dS, where one consumer has dv and the other dk, else None.
+    tiles: which BLOCK_Q queries each stage of q has.  rows: their lse and -delta, one after the other.
+    ds: dS^T of the consumers, of the last steps.  dq: of each chunk half of dQ, of each consumer. Both are None where
+    dQ is not computed here.  p: P^T * dT/dS, where one consumer has dv and the other dk, else None.
     """
 
     q: Ring
@@ -147,9 +145,9 @@ class Shared:
     k: Ring
     v: Ring
     tiles: gl.shared_memory_descriptor  # [STAGES, 1] int32
-    rows: gl.shared_memory_descriptor  # [STAGES, 1, 1, 2, ROWS] f32
-    ds: gl.shared_memory_descriptor | gl.constexpr  # [STEPS * NUM_CONSUMERS, ROWS, ROWS]
-    dq: gl.tuple | gl.constexpr  # [NUM_CONSUMERS, 1, 1, ROWS, columns / 2] f32
+    rows: gl.shared_memory_descriptor  # [STAGES, 1, 1, 2, BLOCK_Q] f32
+    ds: gl.shared_memory_descriptor | gl.constexpr  # [STEPS * NUM_CONSUMERS, ROWS, BLOCK_Q]
+    dq: gl.tuple | gl.constexpr  # [NUM_CONSUMERS, 1, 1, ROWS, columns of a half] f32
     p: Handover | gl.constexpr
     exchange: Exchange  # of ds
 
@@ -181,7 +179,7 @@ def load_tiles(call, shared):
                 full = shared.q.begin(i, bytes_of(call.q) + call.rows.block_type.nbytes)
                 stage = i % shared.q.STAGES
                 # so consumers need no walk; the barrier of dout, whose load begins after this, tells them of it
-                write_number(shared.tiles.index(stage), q_start // ROWS)
+                write_number(shared.tiles.index(stage), q_start // call.BLOCK_Q)
                 begin_load(call.rows, [work.b, visit.h, 0, q_start], full, shared.rows.index(stage))
                 shared.q.fill(i, call.q, work.b, visit.h, q_start, full)
                 shared.dout.load(i, call.dout, work.b, visit.h, q_start)
@@ -193,40 +191,11 @@ def load_tiles(call, shared):
 
 @gluon.jit
 def row_vector(call, shared, i, WHICH: gl.constexpr, LAYOUT: gl.constexpr):
-    """[1, ROWS] f32 of step i's queries: lse in base 2 (0), -delta (1)."""
+    """[1, BLOCK_Q] f32 of step i's queries: lse in base 2 (0), -delta (1)."""
     STAGES: gl.constexpr = shared.q.STAGES
     VECTOR: gl.constexpr = gl.NVMMASharedLayout(0, 32, 1)
-    vectors = seen_as(shared.rows, gl.float32, [STAGES * 2, ROWS], VECTOR)
+    vectors = seen_as(shared.rows, gl.float32, [STAGES * 2, call.BLOCK_Q], VECTOR)
     return vectors.index(i % STAGES * 2 + WHICH).load(gl.SliceLayout(0, LAYOUT))[None, :]
-
-
-@gluon.constexpr_function
-def columns_of(chunks):
-    return sum(chunk.block_type.shape[3] for chunk in chunks)
-
-
-@gluon.jit
-def held(ring, i):
-    """Load i as left operands in registers: a ROWS x ROWS product then reads half as much shared memory."""
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
-    tiles = ()
-    for c in gl.static_range(len(ring.tiles)):
-        tiles += (ring.tile(i, c).load(gl.DotOperandLayout(0, LAYOUT, 2)),)
-    return tiles
-
-
-@gluon.jit
-def fresh(tiles, zero):
-    """tiles in registers that this step writes. zero: what the compiler cannot know to be 0.
-
-    ptxas (12.8 to 13.0) can give the registers of an operand that a loop does not write to other values, and not bring
-    it back for the next step. Seen with K of head dim 64, without dQ and a mask: S was wrong from the second step on.
-    """
-    ASM: gl.constexpr = "xor.b32 $0, $1, $2;"
-    copies = ()
-    for c in gl.static_range(len(tiles)):
-        copies += (gl.inline_asm_elementwise(ASM, "=r,r,r,r", [tiles[c], zero], tiles[c].dtype, is_pure=True, pack=2),)
-    return copies
 
 
 @gluon.jit
@@ -244,7 +213,7 @@ def copies(vector, x):
 def shown(x, other, call, work, h, q_idx, kv_idx, IS_MASKED: gl.constexpr):
     """x, and other where the mask hides the pair or there is no such pair."""
     MASK: gl.constexpr = call.MASK if IS_MASKED else None
-    COLUMN: gl.constexpr = ROWS - 7  # see near()
+    COLUMN: gl.constexpr = call.BLOCK_Q - 7  # see near()
     x = hidden(x, other, 0, 0, work.b, h, q_idx, kv_idx, call.bindings, MASK, False)
     if call.SCORE is not None and not call.IS_EVEN_Q:
         x = kept(x, other, q_idx & COLUMN, call.Sq - (q_idx & ~COLUMN), "lt")
@@ -255,7 +224,7 @@ def shown(x, other, call, work, h, q_idx, kv_idx, IS_MASKED: gl.constexpr):
 
 @gluon.jit
 def product_of_columns(left, right, acc, HAS_ACC: gl.constexpr):
-    """left right^T, plus acc if HAS_ACC, issued: a product for each chunk of columns    [ROWS, ROWS] f32"""
+    """left right^T, plus acc if HAS_ACC, issued, for each chunk of columns    [rows of left, rows of right] f32"""
     for c in gl.static_range(len(left)):
         acc = warpgroup_mma(left[c], right[c].permute((1, 0)), acc, use_acc=HAS_ACC or c > 0, is_async=True)
     return acc
@@ -272,17 +241,25 @@ def products_of_rows(left, right, acc):
 
 
 @gluon.constexpr_function
-def steps_of_ds(IS_LATE):
+def is_late(BLOCK_Q):
+    """A step computes dQ of the step before. Not with more queries: slower there."""
+    return BLOCK_Q == ROWS
+
+
+@gluon.constexpr_function
+def steps_of_ds(BLOCK_Q):
     """So many steps' dS^T are kept. A consumer that has taken the other's of step i - 1 knows that step i - 2 of the
     other is done, which read dS^T of step i - 2, or, late, of step i - 3: so it may write over that.
     """
-    return 3 if IS_LATE else 2
+    return 3 if is_late(BLOCK_Q) else 2
 
 
 @gluon.jit
 def half_products(call, shared, i, zero, WARPGROUP: gl.constexpr):
-    """dQ = dS K of step i, issued: a consumer's half of the columns of each chunk    of each [ROWS, columns / 2] f32"""
-    first_ds = i % steps_of_ds(call.IS_LATE) * call.NUM_CONSUMERS
+    """A consumer's half of dQ = dS K of step i, issued: half the queries of each chunk, or half the columns where there
+    are ROWS queries    of each chunk [ROWS, columns of a half] f32
+    """
+    first_ds = i % steps_of_ds(call.BLOCK_Q) * call.NUM_CONSUMERS
     issued = ()
     for c in gl.static_range(len(shared.dq)):
         issued += (half_product(call, shared, first_ds, zero, c, WARPGROUP),)
@@ -291,65 +268,74 @@ def half_products(call, shared, i, zero, WARPGROUP: gl.constexpr):
 
 @gluon.jit
 def half_product(call, shared, first_ds, zero, C: gl.constexpr, WARPGROUP: gl.constexpr):
-    """dQ = dS K, issued: a consumer's half of the columns of chunk C    [ROWS, columns / 2] f32"""
-    HALF: gl.constexpr = shared.dq[C].shape[4]
-    dq = accumulator(ROWS, HALF)
+    """Of chunk C."""
+    COLUMNS: gl.constexpr = shared.dq[C].shape[4]
+    dq = accumulator(ROWS, COLUMNS)
     for consumer in gl.static_range(call.NUM_CONSUMERS):
-        k = shared.k.tile(consumer + zero, C, zero).slice(WARPGROUP * HALF, HALF, 1)
-        ds = shared.ds.index(first_ds + consumer).permute((1, 0))
-        dq = warpgroup_mma(ds, k, dq, use_acc=consumer > 0, is_async=True)
+        ds = shared.ds.index(first_ds + consumer)
+        k = shared.k.tile(consumer + zero, C, zero)
+        if call.BLOCK_Q > ROWS:
+            ds = ds.slice(WARPGROUP * ROWS, ROWS, 1)
+        else:
+            k = k.slice(WARPGROUP * COLUMNS, COLUMNS, 1)
+        dq = warpgroup_mma(ds.permute((1, 0)), k, dq, use_acc=consumer > 0, is_async=True)
     return dq
 
 
 @gluon.jit
 def give_ds(ds, call, shared, i, WARPGROUP: gl.constexpr):
     """dS^T of step i is where the other consumer reads it."""
-    shared.ds.index(i % steps_of_ds(call.IS_LATE) * call.NUM_CONSUMERS + WARPGROUP).store(ds)
+    shared.ds.index(i % steps_of_ds(call.BLOCK_Q) * call.NUM_CONSUMERS + WARPGROUP).store(ds)
     fence_async_shared()
     shared.exchange.give(i, WARPGROUP)
 
 
 @gluon.jit
 def add_half(dq, call, work, where, shared, zero, WARPGROUP: gl.constexpr):
-    """dq, which is half the columns of each chunk, is on its way to the sum of dQ. What this consumer added before has
-    been read.  where: the head and the first query; past the end, nothing is added.
+    """dq, a half, is on its way to the sum of dQ. What this consumer added before has been read.
+
+    where: the head and the first query; past the end, nothing is added.
     """
     for c in gl.static_range(len(dq)):
         shared.dq[c].index(WARPGROUP + zero).reshape(dq[c].shape).store(dq[c])
     fence_async_shared()
+    h, q_start = where
     column = 0
     for c in gl.static_range(len(dq)):
-        place = [work.b, where[0], where[1], column + WARPGROUP * dq[c].shape[1]]
-        reduce_add(call.dq[c], place, shared.dq[c].index(WARPGROUP + zero))
+        place = shared.dq[c].index(WARPGROUP + zero)
+        if call.BLOCK_Q > ROWS:
+            reduce_add(call.dq[c], [work.b, h, q_start + WARPGROUP * ROWS, column], place)
+        else:
+            reduce_add(call.dq[c], [work.b, h, q_start, column + WARPGROUP * dq[c].shape[1]], place)
         column += call.q[c].block_type.shape[3]
 
 
 @gluon.jit
-def first_query(shared, i):
-    """Of step i. As a multiple of ROWS, so that the compiler sees that captured vectors may be read two numbers at a
+def first_query(call, shared, i):
+    """Of step i. As a multiple of BLOCK_Q, so that the compiler sees that captured vectors may be read two numbers at a
     time.
     """
-    return read_number(shared.tiles.index(i % shared.q.STAGES), 4) * ROWS
+    return read_number(shared.tiles.index(i % shared.q.STAGES), 4) * call.BLOCK_Q
 
 
 @gluon.jit
-def indices(q_start, kv_start, LAYOUT: gl.constexpr):
-    """[1, ROWS] and [ROWS, 1] i32 positions of S^T."""
-    q_idx = q_start + gl.arange(0, ROWS, layout=gl.SliceLayout(0, LAYOUT))
+def indices(call, q_start, kv_start, LAYOUT: gl.constexpr):
+    """[1, BLOCK_Q] and [ROWS, 1] i32 positions of S^T."""
+    q_idx = q_start + gl.arange(0, call.BLOCK_Q, layout=gl.SliceLayout(0, LAYOUT))
     kv_idx = kv_start + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
     return q_idx[None, :], kv_idx[:, None]
 
 
 @gluon.jit
 def probability(s, lse_log2, call, work, h, q_idx, kv_idx, IS_MASKED: gl.constexpr):
-    """P^T of S^T    [ROWS, ROWS] f32"""
+    """P^T of S^T    [ROWS, BLOCK_Q] f32"""
     p = log2_probability(s, lse_log2, work.b, h, q_idx, kv_idx, call.scale, call.bindings, call.SCORE)
     return gl.exp2(shown(p, float("-inf"), call, work, h, q_idx, kv_idx, IS_MASKED))
 
 
 @gluon.jit
 def score_slope(p, s, call, work, h, q_idx, kv_idx, IS_MASKED: gl.constexpr):
-    """P^T * dT/dS    [ROWS, ROWS] f32"""
+    """P^T * dT/dS    [ROWS, BLOCK_Q] f32"""
     if call.SCORE_GRAD is not None:
         bindings = call.bindings
         p *= call.SCORE_GRAD(s * call.scale, work.b, h, q_idx, kv_idx, bindings[0], bindings[1], bindings[2])
@@ -358,50 +344,38 @@ def score_slope(p, s, call, work, h, q_idx, kv_idx, IS_MASKED: gl.constexpr):
 
 
 @gluon.jit
-def gradient_step(i, last, dk, dv, k, v, call, work, h, shared, IS_MASKED: gl.constexpr, WARPGROUP: gl.constexpr):
-    """dk and dv with the queries of step i added, whose dq gains the keys of all consumers. k, v: held, or None.
-
-    Late, the dq of the step before does, whose head and first query are `last`.
+def gradient_step(i, last, dk, dv, call, work, h, shared, IS_MASKED: gl.constexpr, WARPGROUP: gl.constexpr):
+    """dk and dv with the queries of step i added, and the head and first query of these, whose dq gains the keys of all
+    consumers. Late, the dq of the step before does, whose head and first query are `last`.
     """
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, call.BLOCK_Q, 16])
     DTYPE: gl.constexpr = call.q[0].dtype
+    IS_LATE: gl.constexpr = is_late(call.BLOCK_Q)
     # 0, but the compiler can't know: so it computes anew, each step, where tiles that stay the same lie, and their
     # addresses take no registers
     zero = i >> 30
     q = shared.q.chunks(i)
     dout = shared.dout.chunks(i)
-    if k is None:
-        k = shared.k.chunks(WARPGROUP + zero, zero)
-    else:
-        k = fresh(k, zero)
-    zeros = gl.zeros([ROWS, ROWS], gl.float32, S_LAYOUT)
+    k = shared.k.chunks(WARPGROUP + zero, zero)
+    zeros = gl.zeros([ROWS, call.BLOCK_Q], gl.float32, S_LAYOUT)
     shared.q.wait(i)
     less_delta = copies(row_vector(call, shared, i, 1, S_LAYOUT), zeros)
-    # S^T = K Q^T    [ROWS, ROWS] f32
+    # S^T = K Q^T    [ROWS, BLOCK_Q] f32
     s = product_of_columns(k, q, zeros, False)
-    if v is None:
-        v = shared.v.chunks(WARPGROUP + zero, zero)
-    else:
-        v = fresh(v, zero)
-    # dP^T - delta = V dO^T - delta    [ROWS, ROWS] f32
+    v = shared.v.chunks(WARPGROUP + zero, zero)
+    # dP^T - delta = V dO^T - delta    [ROWS, BLOCK_Q] f32
     shared.dout.wait(i)
     dp = product_of_columns(v, dout, less_delta, True)
-    dq = ()
-    # registers do for dQ beside S and dP
-    IS_EARLY: gl.constexpr = call.IS_LATE and columns_of(call.k) <= EARLY_COLUMNS
-    if IS_EARLY:
-        shared.exchange.take(i + 1, WARPGROUP)
-        dq = half_products(call, shared, i + 2, zero, WARPGROUP)
-    q_start = first_query(shared, i)
+    q_start = first_query(call, shared, i)
     lse_log2 = row_vector(call, shared, i, 0, S_LAYOUT)
-    s = warpgroup_mma_wait(len(v) + len(dq), deps=[s])
-    q_idx, kv_idx = indices(q_start, work.kv_start + WARPGROUP * ROWS, S_LAYOUT)
+    s = warpgroup_mma_wait(len(v), deps=[s])
+    q_idx, kv_idx = indices(call, q_start, work.kv_start + WARPGROUP * ROWS, S_LAYOUT)
     p = probability(s, lse_log2, call, work, h, q_idx, kv_idx, IS_MASKED)
     # dV += P^T dO
     dv = products_of_rows(p.to(DTYPE), dout, dv)
-    # dS^T = P^T * dT/dS * dP^T    [ROWS, ROWS] f32. In this order S is done with before dP^T
+    # dS^T = P^T * dT/dS * dP^T    [ROWS, BLOCK_Q] f32. In this order S is done with before dP^T
     p = score_slope(p, s, call, work, h, q_idx, kv_idx, IS_MASKED)
-    dp = warpgroup_mma_wait(len(dq) + len(dv), deps=[dp])
+    dp = warpgroup_mma_wait(len(dv), deps=[dp])
     ds = (p * dp).to(DTYPE)
     if shared.dq is None:
         # dK += dS^T Q
@@ -409,11 +383,10 @@ def gradient_step(i, last, dk, dv, k, v, call, work, h, shared, IS_MASKED: gl.co
         dv = finished(dv, len(dk))
         shared.dout.release(i)
     else:
-        # dQ = dS K, its half of the columns    of each chunk [ROWS, columns / 2] f32
-        if call.IS_LATE:
-            if not IS_EARLY:
-                shared.exchange.take(i + 1, WARPGROUP)
-                dq = half_products(call, shared, i + 2, zero, WARPGROUP)
+        # dQ = dS K, this consumer's half
+        if IS_LATE:
+            shared.exchange.take(i + 1, WARPGROUP)  # of step i - 1
+            dq = half_products(call, shared, i + 2, zero, WARPGROUP)
             tma.store_wait(0)  # until what this consumer added to dQ has been read; its warps wait for each other here
             give_ds(ds, call, shared, i, WARPGROUP)
         else:
@@ -423,17 +396,11 @@ def gradient_step(i, last, dk, dv, k, v, call, work, h, shared, IS_MASKED: gl.co
             dq = half_products(call, shared, i, zero, WARPGROUP)
         # dK += dS^T Q
         dk = products_of_rows(ds, q, dk)
-        if IS_EARLY:
-            dq = finished(dq, len(dv) + len(dk))
-        else:
-            done = finished(dq + dv, len(dk))
-            dq = done[: len(dq)]
-            dv = done[len(dq) :]
-            shared.dout.release(i)
-        add_half(dq, call, work, last if call.IS_LATE else (h, q_start), shared, zero, WARPGROUP)
-        if IS_EARLY:
-            dv = finished(dv, len(dk))
-            shared.dout.release(i)
+        done = finished(dq + dv, len(dk))
+        dq = done[: len(dq)]
+        dv = done[len(dq) :]
+        shared.dout.release(i)
+        add_half(dq, call, work, last if IS_LATE else (h, q_start), shared, zero, WARPGROUP)
     dk = finished(dk, 0)
     shared.q.release(i)
     return (h, q_start), dk, dv
@@ -442,17 +409,17 @@ def gradient_step(i, last, dk, dv, k, v, call, work, h, shared, IS_MASKED: gl.co
 @gluon.jit
 def value_step(i, dv, call, work, h, shared, IS_MASKED: gl.constexpr):
     """dv with the queries of step i added. P^T * dT/dS is handed to who has dk."""
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, call.BLOCK_Q, 16])
     DTYPE: gl.constexpr = call.q[0].dtype
     zero = i >> 30  # see gradient_step
     shared.q.wait(i)
-    s = gl.zeros([ROWS, ROWS], gl.float32, S_LAYOUT)
+    s = gl.zeros([ROWS, call.BLOCK_Q], gl.float32, S_LAYOUT)
     s = product_of_columns(shared.k.chunks(0, zero), shared.q.chunks(i), s, False)
     lse_log2 = row_vector(call, shared, i, 0, S_LAYOUT)
     shared.dout.wait(i)
-    q_start = first_query(shared, i)
+    q_start = first_query(call, shared, i)
     s = warpgroup_mma_wait(0, deps=[s])
-    q_idx, kv_idx = indices(q_start, work.kv_start, S_LAYOUT)
+    q_idx, kv_idx = indices(call, q_start, work.kv_start, S_LAYOUT)
     p = probability(s, lse_log2, call, work, h, q_idx, kv_idx, IS_MASKED)
     shared.q.release(i)
     dv = products_of_rows(p.to(DTYPE), shared.dout.chunks(i), dv)
@@ -465,10 +432,10 @@ def value_step(i, dv, call, work, h, shared, IS_MASKED: gl.constexpr):
 @gluon.jit
 def key_step(i, dk, call, shared):
     """dk with the queries of step i added."""
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, call.BLOCK_Q, 16])
     zero = i >> 30  # see gradient_step
     shared.q.wait(i)
-    less_delta = copies(row_vector(call, shared, i, 1, S_LAYOUT), gl.zeros([ROWS, ROWS], gl.float32, S_LAYOUT))
+    less_delta = copies(row_vector(call, shared, i, 1, S_LAYOUT), gl.zeros([ROWS, call.BLOCK_Q], gl.float32, S_LAYOUT))
     shared.dout.wait(i)
     dp = product_of_columns(shared.v.chunks(0, zero), shared.dout.chunks(i), less_delta, True)
     p = shared.p.take(i, S_LAYOUT)
@@ -541,30 +508,23 @@ def differentiate(call, shared, WARPGROUP: gl.constexpr):
     for consumer in gl.static_range(call.NUM_CONSUMERS):
         shared.k.wait(consumer)
     shared.v.wait(WARPGROUP)
-    k = None
-    v = None
-    if call.IS_HELD and columns_of(call.k) <= 64:
-        k = held(shared.k, WARPGROUP)
-    if call.IS_HELD and columns_of(call.v) <= 64:
-        v = held(shared.v, WARPGROUP)
+    IS_LATE: gl.constexpr = is_late(call.BLOCK_Q)
     i = gl.to_tensor(0)
     last = (gl.to_tensor(0), call.Sq)  # dQ of the step before step 0 is anything: it is added nowhere
-    if call.IS_LATE:
-        shared.exchange.give(1, WARPGROUP)
+    if shared.dq is not None and IS_LATE:
+        shared.exchange.give(1, WARPGROUP)  # as step -1
     for g in range(call.G):
         visit = visit_of(call, work, g)
         if MAY_HIDE:
             for _ in range(visit.num_masked):
-                last, dk, dv = gradient_step(
-                    i, last, dk, dv, k, v, call, work, visit.h, shared, True, WARPGROUP
-                )
+                last, dk, dv = gradient_step(i, last, dk, dv, call, work, visit.h, shared, True, WARPGROUP)
                 i += 1
         for _ in range(visit.num_full):
-            last, dk, dv = gradient_step(i, last, dk, dv, k, v, call, work, visit.h, shared, False, WARPGROUP)
+            last, dk, dv = gradient_step(i, last, dk, dv, call, work, visit.h, shared, False, WARPGROUP)
             i += 1
     if shared.dq is not None:
         tma.store_wait(0)
-        if call.IS_LATE:
+        if IS_LATE:
             zero = i >> 30
             shared.exchange.take(i + 1, WARPGROUP)
             dq = finished(half_products(call, shared, i + 2, zero, WARPGROUP), 0)
@@ -580,7 +540,7 @@ def differentiate(call, shared, WARPGROUP: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["num_words", "num_rows", "num_heads", "heads_together", "Hkv", "Sq", "Skv"])
 def hopper_backward_kernel(
-    q,  # descriptors: [B, Hq, Sq, D], all in blocks of ROWS and as many columns as the first chunk has
+    q,  # descriptors: [B, Hq, Sq, D] in blocks of BLOCK_Q and as many columns as the first chunk has
     q_rest,  # and the second one, or None
     k,  # [B, Hkv, Skv, D]
     k_rest,
@@ -611,12 +571,11 @@ def hopper_backward_kernel(
     SCORE_GRAD: gl.constexpr,
     G: gl.constexpr,
     NUM_CONSUMERS: gl.constexpr,  # 2, or 1 where dq is None
+    BLOCK_Q: gl.constexpr,  # of a step: ROWS, or, where dq is not None, two times ROWS
     TILE_Q: gl.constexpr,
     TILE_KV: gl.constexpr,
     IS_EVEN_Q: gl.constexpr,  # no tile hangs over the end of the queries
     IS_EVEN_KV: gl.constexpr,  # nor of the keys
-    IS_HELD: gl.constexpr,  # K and V of head dim 64 stay in registers
-    IS_LATE: gl.constexpr,  # a step computes dQ of the step before
     IS_SPLIT: gl.constexpr,  # one consumer has dk, the other dv
     STAGES: gl.constexpr,  # of q and dout
     REGISTERS: gl.constexpr,  # of the roles but the first
@@ -635,9 +594,9 @@ def hopper_backward_kernel(
     staged_dq = None
     if dq is not None:
         dq = chunks_of(dq, dq_rest)
-        DS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, ROWS], q[0].dtype)
-        STEPS: gl.constexpr = steps_of_ds(IS_LATE)
-        staged_ds = gl.allocate_shared_memory(q[0].dtype, [STEPS * NUM_CONSUMERS, ROWS, ROWS], DS_LAYOUT)
+        DS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_Q], q[0].dtype)
+        STEPS: gl.constexpr = steps_of_ds(BLOCK_Q)
+        staged_ds = gl.allocate_shared_memory(q[0].dtype, [STEPS * NUM_CONSUMERS, ROWS, BLOCK_Q], DS_LAYOUT)
         staged_dq = allocate_tiles(dq, NUM_CONSUMERS)
     shared = Shared(
         Ring.create(q, STAGES, NUM_CONSUMERS, FIRST_BARRIER),
@@ -645,7 +604,7 @@ def hopper_backward_kernel(
         Ring.create(k, BLOCK_KV // ROWS, 1),
         Ring.create(v, BLOCK_KV // ROWS, 1),
         gl.allocate_shared_memory(gl.int32, [STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])),
-        gl.allocate_shared_memory(gl.float32, [STAGES, 1, 1, 2, ROWS], rows.layout),
+        gl.allocate_shared_memory(gl.float32, [STAGES, 1, 1, 2, BLOCK_Q], rows.layout),
         staged_ds,
         staged_dq,
         Handover.create(ROWS, ROWS, q[0].dtype, FIRST_BARRIER + 2 * STAGES) if IS_SPLIT else None,
@@ -677,13 +636,12 @@ def hopper_backward_kernel(
         SCORE_GRAD,
         G,
         NUM_CONSUMERS,
+        BLOCK_Q,
         BLOCK_KV,
         TILE_Q,
         TILE_KV,
         IS_EVEN_Q,
         IS_EVEN_KV,
-        IS_HELD,
-        IS_LATE,
     )
     if IS_SPLIT:
         gl.warp_specialize(

@@ -152,16 +152,17 @@ def backward_recipe(
     (_, Hq, Sq, _), (_, Hkv, Skv, _) = q.shape, k.shape
     num_rows, num_heads = walk[3:5]
     registers, of_roles = HOPPER_REGISTERS[config.num_consumers]
+    column_parts = 2 if config.BLOCK_Q == CONSUMER_ROWS else 1  # consumers share dQ by columns, or else by rows
     return Recipe(
         q.device,
         hopper_backward_kernel,
         num_heads * num_rows * tile[1] // config.BLOCK_KV,
-        *_descriptors(q, CONSUMER_ROWS),
+        *_descriptors(q, config.BLOCK_Q),
         *_descriptors(k, CONSUMER_ROWS),
         *_descriptors(v, CONSUMER_ROWS),
-        *_descriptors(dout, CONSUMER_ROWS),
-        _descriptor(rows_layout(q), (2, CONSUMER_ROWS)),
-        *(_descriptors(sum_layout(q), CONSUMER_ROWS, config.num_consumers) if config.is_fused else (None, None)),
+        *_descriptors(dout, config.BLOCK_Q),
+        _descriptor(rows_layout(q), (2, config.BLOCK_Q)),
+        *(_descriptors(sum_layout(q), CONSUMER_ROWS, column_parts) if config.is_fused else (None, None)),
         *_descriptors(dk, CONSUMER_ROWS),
         *_descriptors(dv, CONSUMER_ROWS),
         *walk,
@@ -175,12 +176,11 @@ def backward_recipe(
         SCORE_GRAD=score_gradient,
         G=Hq // Hkv,
         NUM_CONSUMERS=config.num_consumers,
+        BLOCK_Q=config.BLOCK_Q,
         TILE_Q=tile[0],
         TILE_KV=tile[1],
         IS_EVEN_Q=Sq % tile[0] == 0,
         IS_EVEN_KV=Skv % tile[1] == 0,
-        IS_HELD=config.is_held,
-        IS_LATE=config.is_late,
         IS_SPLIT=config.is_split,
         STAGES=config.num_stages,
         REGISTERS=of_roles,

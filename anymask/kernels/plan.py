@@ -441,11 +441,12 @@ def _override_hopper(default: HopperConfig, wanted: Any, tile: tuple[int, int], 
 
 def hopper_backward_shared_memory(config: HopperBackwardConfig, D: int, Dv: int) -> int:
     """Bytes of shared memory that the Hopper backward needs at most: K, V, stages of Q and dO with lse and delta; dS of
-    two steps, and dQ; P of two steps, where it is handed over.
+    two or three steps, and dQ; P of two steps, where it is handed over.
     """
     block_q, block_kv = config.BLOCK_Q, config.BLOCK_KV
     D, Dv = sum(chunks(D)), sum(chunks(Dv))
-    fused = (2 + config.is_late) * 2 * block_q * block_kv + 4 * block_q * D if config.is_fused else 0
+    steps = 3 if block_q == 64 else 2
+    fused = steps * 2 * block_q * block_kv + 4 * block_q * D if config.is_fused else 0
     handed = 2 * 2 * block_q * block_kv if config.is_split else 0
     staged = config.num_stages * block_q * (2 * (D + Dv) + 8)
     return 2 * block_kv * (D + Dv) + staged + fused + handed + 1024
@@ -477,7 +478,7 @@ def _hopper_backward(
         chosen = wanted if isinstance(wanted, HopperBackwardConfig) else replace(default, **wanted)
     except TypeError:
         raise UnsupportedError(
-            f"config['dkdv'] = {wanted} should name is_fused, is_held, is_split, num_consumers and num_stages of the "
+            f"config['dkdv'] = {wanted} should name is_fused, is_split, num_consumers, BLOCK_Q and num_stages of the "
             "Gluon backward"
         ) from None
     if chosen.num_consumers not in (1, 2):
@@ -491,19 +492,22 @@ def _hopper_backward(
         )
     if chosen.is_split == (max(D, Dv) <= 128):
         raise UnsupportedError(f"config['dkdv']: is_split is for D or Dv above 128, and they are {D} and {Dv}")
-    if chosen.is_split and (chosen.is_fused or chosen.is_held or chosen.num_consumers == 1):
+    if chosen.is_split and (chosen.is_fused or chosen.num_consumers == 1):
         raise UnsupportedError(
-            f"config['dkdv']: with D {D} and Dv {Dv} dq is a kernel of its own, K and V are in shared memory, and one "
-            "consumer has dk, another dv. Try is_fused=False, is_held=False, num_consumers=2"
+            f"config['dkdv']: with D {D} and Dv {Dv} dq is a kernel of its own, and one consumer has dk, another dv. "
+            "Try is_fused=False, num_consumers=2"
         )
-    if chosen.is_held and min(D, Dv) > 64:
-        raise UnsupportedError(f"config['dkdv']: with is_held, D or Dv is at most 64, not {D} and {Dv}")
+    if chosen.BLOCK_Q != 64 and not (chosen.BLOCK_Q == 128 and chosen.is_fused and max(D, Dv) <= 64):
+        raise UnsupportedError(
+            "config['dkdv']: the Gluon backward takes BLOCK_Q 64, or 128 where is_fused and D and Dv are at most 64: "
+            f"{chosen} for D {D} and Dv {Dv}"
+        )
     if chosen.is_fused and "dq" in config:
         raise UnsupportedError("config['dq']: the Gluon backward computes dq too where is_fused. Try is_fused=False")
     size, limit = hopper_backward_shared_memory(chosen, D, Dv), SHARED_LIMITS["sm_90"]
-    if chosen.num_stages < 1 or size > limit:
+    if chosen.num_stages not in (1, 2, 3) or size > limit:
         raise UnsupportedError(
-            f"config['dkdv']: {chosen} takes {size} bytes of shared memory of {limit}. Try other num_stages"
+            f"config['dkdv']: {chosen} takes {size} bytes of shared memory of {limit}. Try other num_stages, 1 to 3"
         )
     return {"dkdv": chosen} if "dq" in config else {"dkdv": chosen, "dq": _hopper_dq_beside(chosen, problem, mods)}
 
@@ -537,12 +541,12 @@ def _hopper_dq(config: Mapping[str, Any], problem: Problem, mods: Mods) -> Hoppe
     size, limit = hopper_dq_shared_memory(chosen, problem.D, problem.Dv), SHARED_LIMITS["sm_90"]
     if (
         chosen.BLOCK_KV not in (64, 128)
-        or chosen.num_v_stages < 1
+        or chosen.num_v_stages not in (1, 2, 3, 4)
         or chosen.num_consumers not in (1, 2)
         or size > limit
     ):
         raise UnsupportedError(
-            f"config['dq']: the Gluon dq takes BLOCK_KV 64 or 128, num_v_stages from 1 on, 1 or 2 consumers and "
+            f"config['dq']: the Gluon dq takes BLOCK_KV 64 or 128, num_v_stages from 1 to 4, 1 or 2 consumers and "
             f"{limit} bytes of shared memory: {chosen} would take {size}"
         )
     return chosen

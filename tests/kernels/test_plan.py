@@ -158,12 +158,13 @@ def test_why_says_what_was_chosen() -> None:
         ({"backend": "triton", "config": {"dkdv": {"is_fused": True}}}, "Gluon backward.* backend='triton'"),
         ({"tma_obstacle": "q is odd", "config": {"dkdv": {"is_fused": True}}}, "q is odd"),
         (
-            {"config": {"dkdv": {"is_fused": True, "BLOCK_Q": 64}}},
-            "should name is_fused, is_held, is_split, num_consumers",
+            {"config": {"dkdv": {"is_fused": True, "BLOCK_KV": 64}}},
+            "should name is_fused, is_split, num_consumers, BLOCK_Q",
         ),
         ({"config": {"dkdv": {"is_fused": False, "num_consumers": 3}}}, "1 or 2 consumers, not 3"),
         ({"config": {"dkdv": {"is_fused": True, "num_consumers": 1}}}, "leaves dq to another kernel"),
-        ({"config": {"dkdv": {"is_fused": True, "is_held": True}}}, "D or Dv is at most 64"),
+        ({"config": {"dkdv": {"is_fused": True, "BLOCK_Q": 128}}}, "BLOCK_Q 64, or 128 where is_fused and D and Dv"),
+        ({"D": 64, "config": {"dkdv": {"is_fused": False, "BLOCK_Q": 128}}}, "BLOCK_Q 64, or 128 where is_fused"),
         ({"config": {"dkdv": {"is_fused": True, "num_stages": 4}}}, "other num_stages"),
         ({"config": {"dkdv": {"is_fused": True, "num_stages": 0}}}, "other num_stages"),
         ({"config": {"dkdv": {"is_fused": True}, "dq": {"BLOCK_Q": 64}}}, "dq too"),
@@ -285,8 +286,8 @@ def test_the_hopper_backward_is_taken_where_config_asks_for_it(is_given_as_objec
     assert walk_shapes(plan(True, (256, 256)), (256, 256))[1] == ((256, 256), True)
     # where the map's tiles are too small for the forward, which is portable then
     assert isinstance(plan(True, (16, 32)).forward, Config) and plan(True, (16, 32)).dkdv == fused.dkdv
-    held = choose(problem(64), HEAVY, (64, 64), arch="sm_90", config={"dkdv": {"is_fused": True, "is_held": True}})
-    assert isinstance(held.dkdv, HopperBackwardConfig) and held.dkdv.is_held and "K and V held" in held.why
+    wide = {"dkdv": {"is_fused": True, "BLOCK_Q": 128, "num_stages": 2}}
+    assert "dkdv 128x128 and dq" in choose(problem(64), HEAVY, (64, 64), arch="sm_90", config=wide).why
     one = choose(problem(64), HEAVY, (64, 64), arch="sm_90", config={"dkdv": {"is_fused": False, "num_consumers": 1}})
     assert one.dkdv == HopperBackwardConfig(3, False, num_consumers=1) and "64x64 in Gluon, 1 warpgroup," in one.why
     assert walk_shapes(one, (64, 64))[1] == ((64, 64), True) and walk_shapes(one, (16, 16))[1] == ((64, 64), True)
@@ -316,9 +317,9 @@ def test_the_faster_backward_is_taken() -> None:
     for D, S, Dv in ((128, 100, 128), (72, 100, 128), (64, 2048, 64), (64, 100, 128), (64, 100, 96), (48, 2048, 64)):
         chosen = plan(D, S, Dv)
         assert isinstance(chosen.dkdv, HopperBackwardConfig) and chosen.dkdv.is_fused and chosen.dq is None
-        assert chosen.dkdv.is_held == (D == Dv == 64) and chosen.why.startswith("gluon on sm_90")
-    of_72 = plan(72, 100)  # also without being asked to
-    for apart in (plan(128, 100, deterministic=True), of_72, plan(192, 100, 128), plan(256, 100, deterministic=True)):
+        block_q = 128 if D == Dv == 64 else 64
+        assert block_q == chosen.dkdv.BLOCK_Q and chosen.why.startswith("gluon on sm_90")
+    for apart in (plan(128, 100, deterministic=True), plan(192, 100, 128), plan(256, 100, deterministic=True)):
         assert isinstance(apart.dkdv, HopperBackwardConfig) and not apart.dkdv.is_fused
         assert isinstance(apart.dq, HopperDqConfig) and apart.dkdv.is_split == (apart.dkdv.BLOCK_KV == 64)
         assert apart.why.startswith("gluon on sm_90") and f"dq {apart.dq}" in apart.why
