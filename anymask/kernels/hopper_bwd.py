@@ -510,7 +510,7 @@ def differentiate(call, shared, WARPGROUP: gl.constexpr):
     shared.v.wait(WARPGROUP)
     IS_LATE: gl.constexpr = is_late(call.BLOCK_Q)
     i = gl.to_tensor(0)
-    last = (gl.to_tensor(0), call.Sq)  # dQ of the step before step 0 is anything: it is added nowhere
+    last = (work.h_kv * call.G, call.Sq)  # dQ of the step before step 0 is anything: it is added nowhere
     if shared.dq is not None and IS_LATE:
         shared.exchange.give(1, WARPGROUP)  # as step -1
     for g in range(call.G):

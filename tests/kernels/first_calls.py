@@ -28,7 +28,7 @@ from anymask.kernels import map_launch, recipe
 
 HAS_GLUON = triton.__version__.startswith("3.6.")
 PORTABLE = ("forward_kernel", "dq_kernel", "dkdv_kernel")
-HOPPER = ("hopper_forward_kernel", "rows_kernel", "hopper_backward_kernel", "dq_of_sum_kernel")
+HOPPER = ("hopper_forward_kernel", "rows_kernel", "hopper_backward_kernel", "dq_of_sum_kernel", "hopper_dq_kernel")
 ATTENTION = (*PORTABLE, *HOPPER)
 
 
@@ -122,7 +122,8 @@ def calls() -> Iterator[tuple[tuple[Tensor, ...], dict[str, Any]]]:
     for D, is_persistent in ((64, True), (128, True), (128, False), (72, False))[: 4 * HAS_GLUON]:
         config = {"forward": {"is_persistent": is_persistent}}
         yield qkv(D=D), {"mask": documents, "backend": "gluon", "config": config}
-    for D, is_fused, mask in ((64, True, documents), (128, False, documents), (128, True, None))[: 3 * HAS_GLUON]:
+    narrow = sliding_window(16, 0)
+    for D, is_fused, mask in ((64, True, narrow), (128, False, documents), (128, True, None))[: 3 * HAS_GLUON]:
         config = {"dkdv": {"is_fused": is_fused}}
         yield qkv(D=D), {"mask": mask, "backend": "gluon", "config": config, "deterministic": not is_fused}
 
