@@ -14,7 +14,7 @@ from anymask.kernels.functions import near
 from anymask.kernels.hopper_bwd import ROWS, copies, product_of_columns, products_of_rows, store_chunks
 from anymask.kernels.hopper_chunks import accumulators, bytes_of, chunks_of, finished
 from anymask.kernels.hopper_fwd import indices, row_from, row_of, walks_of
-from anymask.kernels.hopper_pipeline import FIRST_BARRIER, Ring, read_number, write_number
+from anymask.kernels.hopper_pipeline import FIRST_BARRIER, FIRST_TURN, Ring, read_number, write_number
 from anymask.kernels.record import record
 from anymask.kernels.tile import hidden, log2_probability
 
@@ -230,6 +230,7 @@ def hopper_dq_kernel(
 ):
     """dq of one tile of queries. Grid: a program for each tile of each head, in the order of work_of."""
     NUM_CONSUMERS: gl.constexpr = BLOCK_Q // ROWS
+    gl.static_assert(FIRST_BARRIER + 2 * STAGES + 1 <= FIRST_TURN)
     q = chunks_of(q, q_rest)
     k = chunks_of(k, k_rest)
     v = chunks_of(v, v_rest)

@@ -74,10 +74,11 @@ class Ring:
 
     @gluon.jit
     def create(chunks, STAGES: gl.constexpr, NUM_CONSUMERS: gl.constexpr, EMPTY: gl.constexpr = None):
-        """An empty ring for tiles of the descriptors `chunks`. EMPTY: the first of STAGES named barriers for empty.
+        """An empty ring for tiles of the descriptors `chunks`.
 
-        Their warps do not wait for each other before one arrives for all, as at an mbarrier: the backwards are faster
-        so, the forward is not.
+        EMPTY: the first of STAGES named barriers for empty; mbarriers if None. At a named barrier each warp arrives for
+        itself; at an mbarrier a thread does for its warpgroup, whose warps wait for each other first. The backwards are
+        faster with named ones, the forward is not.
         """
         tiles = allocate_tiles(chunks, STAGES)
         full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -260,8 +261,7 @@ class RowQueue:
         return fields
 
 
-# --- named barriers: who waits there, or only arrives, comes as whole warps, and no warp of a warpgroup waits for the
-# others before it arrives, as at an mbarrier. There are 16, and the compiler takes the first four.
+# --- named barriers, where whole warps wait or only arrive. There are 16, and the compiler takes the first four.
 
 FIRST_BARRIER = gl.constexpr(4)
 
