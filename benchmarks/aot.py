@@ -74,16 +74,15 @@ TARGETS = {
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 KERNELS = ("forward", "dkdv", "dq", "classify", "walk", "order")
-# Only where plan.py has one. hopper_backward: with dQ in it, after rows and before dq_of_sum; and its variants.
-# hopper_dq: after hopper_dkdv.
-HOPPER_KERNELS = ("hopper_forward", "rows", "hopper_backward", "dq_of_sum", "hopper_dkdv", "hopper_lone", "hopper_dq")
-HOPPER_KERNELS += ("hopper_wide",)
+# hopper_backward: with dQ in it, after rows and before dq_of_sum; and its variants.
 HOPPER_BACKWARDS: dict[str, dict[str, Any]] = {
     "hopper_dkdv": {"is_fused": False},
     "hopper_lone": {"is_fused": False, "num_consumers": 1},
     "hopper_backward": {"is_fused": True},
     "hopper_wide": {"is_fused": True, "BLOCK_Q": 128, "num_stages": 2},  # where nothing is masked or scored
 }
+# Only where plan.py has one. hopper_dq: after hopper_dkdv.
+HOPPER_KERNELS = ("hopper_forward", "rows", "dq_of_sum", *HOPPER_BACKWARDS, "hopper_dq")
 TWO = {"BLOCK_Q": 128, "BLOCK_KV": 128, "num_stages": 2, "has_turns": True}
 THREE = TWO | {"BLOCK_Q": 192, "num_stages": 3, "has_turns": False}
 # head dims and configs that the plan does not choose, or not for all masks

@@ -44,7 +44,7 @@ class HopperConfig:
 
     def __str__(self) -> str:
         ways = ", in turns" * self.has_turns + ", persistent" * self.is_persistent
-        return f"{self.BLOCK_Q}x{self.BLOCK_KV}, {self.num_consumers} warpgroups{ways}, {self.num_stages} stages"
+        return f"{self.BLOCK_Q}x{self.BLOCK_KV}, {_warpgroups(self)}{ways}, {self.num_stages} stages"
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,7 @@ class HopperBackwardConfig:
         return 64 if self.is_split else 64 * self.num_consumers
 
     def __str__(self) -> str:
-        warpgroups = f"{self.num_consumers} warpgroup" + "s" * (self.num_consumers > 1)
-        ways = " and dq" * self.is_fused + f" in Gluon, {warpgroups}"
+        ways = " and dq" * self.is_fused + f" in Gluon, {_warpgroups(self)}"
         return f"{self.BLOCK_Q}x{self.BLOCK_KV}{ways}{', of dk and dv' * self.is_split}, {self.num_stages} stages"
 
 
@@ -91,8 +90,11 @@ class HopperDqConfig:
         return 64 * self.num_consumers
 
     def __str__(self) -> str:
-        warpgroups = f"{self.num_consumers} warpgroup" + "s" * (self.num_consumers > 1)
-        return f"{self.BLOCK_Q}x{self.BLOCK_KV} in Gluon, {warpgroups}, {self.num_v_stages} stages of V"
+        return f"{self.BLOCK_Q}x{self.BLOCK_KV} in Gluon, {_warpgroups(self)}, {self.num_v_stages} stages of V"
+
+
+def _warpgroups(config: HopperConfig | HopperBackwardConfig | HopperDqConfig) -> str:
+    return f"{config.num_consumers} warpgroup" + "s" * (config.num_consumers > 1)
 
 
 AnyConfig = Config | HopperConfig | HopperBackwardConfig | HopperDqConfig

@@ -137,8 +137,8 @@ class Shared:
     """What lies in shared memory. In k and v a stage is the keys of a consumer.
 
     tiles: which BLOCK_Q queries each stage of q has.  rows: their lse and -delta, one after the other.
-    ds: dS^T of the consumers, of the last steps.  dq: of each chunk half of dQ, of each consumer. Both are None where
-    dQ is not computed here.  p: P^T * dT/dS, where one consumer has dv and the other dk, else None.
+    ds: dS^T of the consumers, of the last steps.  dq: of each chunk half of dQ, of each consumer. Both are None, and
+    exchange, where dQ is not computed here.  p: P^T * dT/dS, where one consumer has dv and the other dk, else None.
     """
 
     q: Ring
@@ -150,7 +150,7 @@ class Shared:
     ds: gl.shared_memory_descriptor | gl.constexpr  # [STEPS * NUM_CONSUMERS, ROWS, BLOCK_Q]
     dq: gl.tuple | gl.constexpr  # [NUM_CONSUMERS, 1, 1, ROWS, columns of a half] f32
     p: Handover | gl.constexpr
-    exchange: Exchange  # of ds
+    exchange: Exchange | gl.constexpr  # of ds
 
 
 # --- the producer ---
@@ -610,7 +610,7 @@ def hopper_backward_kernel(
         staged_ds,
         staged_dq,
         Handover.create(ROWS, ROWS, q[0].dtype, FIRST_BARRIER + 2 * STAGES) if IS_SPLIT else None,
-        Exchange(FIRST_BARRIER + 2 * STAGES),
+        None if dq is None else Exchange(FIRST_BARRIER + 2 * STAGES),
     )
     fence_async_shared()
     call = Call(

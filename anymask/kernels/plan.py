@@ -507,7 +507,8 @@ def _hopper_backward(
     size, limit = hopper_backward_shared_memory(chosen, D, Dv), SHARED_LIMITS["sm_90"]
     if chosen.num_stages not in (1, 2, 3) or size > limit:
         raise UnsupportedError(
-            f"config['dkdv']: {chosen} takes {size} bytes of shared memory of {limit}. Try other num_stages, 1 to 3"
+            f"config['dkdv']: the Gluon backward takes num_stages from 1 to 3 and {limit} bytes of shared memory: "
+            f"{chosen} would take {size}"
         )
     return {"dkdv": chosen} if "dq" in config else {"dkdv": chosen, "dq": _hopper_dq_beside(chosen, problem, mods)}
 

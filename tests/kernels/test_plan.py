@@ -14,6 +14,7 @@ from anymask.expr.mods import Mods
 from anymask.kernels import plan as plan_module
 from anymask.kernels.configs import (
     FAMILIES,
+    HOPPER_BACKWARD_ROWS,
     HOPPER_BACKWARD_STAGES,
     HOPPER_REGISTERS,
     HOPPER_ROWS,
@@ -165,8 +166,9 @@ def test_why_says_what_was_chosen() -> None:
         ({"config": {"dkdv": {"is_fused": True, "num_consumers": 1}}}, "leaves dq to another kernel"),
         ({"config": {"dkdv": {"is_fused": True, "BLOCK_Q": 128}}}, "BLOCK_Q 64, or 128 where is_fused and D and Dv"),
         ({"D": 64, "config": {"dkdv": {"is_fused": False, "BLOCK_Q": 128}}}, "BLOCK_Q 64, or 128 where is_fused"),
-        ({"config": {"dkdv": {"is_fused": True, "num_stages": 4}}}, "other num_stages"),
-        ({"config": {"dkdv": {"is_fused": True, "num_stages": 0}}}, "other num_stages"),
+        ({"D": 256, "config": {"dkdv": {"is_fused": False, "num_stages": 3}}}, "would take 281088"),
+        ({"D": 16, "config": {"dkdv": {"is_fused": True, "num_stages": 4}}}, "num_stages from 1 to 3"),  # barriers
+        ({"config": {"dkdv": {"is_fused": True, "num_stages": 0}}}, "num_stages from 1 to 3"),
         ({"config": {"dkdv": {"is_fused": True}, "dq": {"BLOCK_Q": 64}}}, "dq too"),
         ({"deterministic": True, "config": {"dkdv": {"is_fused": True}}}, "Try is_fused=False"),
         ({"config": {"dq": {"num_v_stages": 1}}}, "goes with the Gluon backward"),
@@ -176,6 +178,7 @@ def test_why_says_what_was_chosen() -> None:
         ),
         ({"config": {"dq": HopperDqConfig(128, 3), "dkdv": {"is_fused": False}}}, "would take 295936"),
         ({"config": {"dq": HopperDqConfig(32, 3), "dkdv": {"is_fused": False}}}, "BLOCK_KV 64 or 128"),
+        ({"D": 16, "config": {"dq": HopperDqConfig(64, 5), "dkdv": {"is_fused": False}}}, "num_v_stages from 1 to 4"),
         ({"backend": "eager", "config": {"forward": {"BLOCK_Q": 64}}}, "Triton kernels"),
         ({"config": {"backward": {"BLOCK_Q": 64}}}, "forward, dkdv, dq"),
         ({"config": {"forward": {"BLOCK_M": 64}}}, "BLOCK_Q, BLOCK_KV"),
@@ -392,6 +395,9 @@ def test_hopper_rows_fit() -> None:
         # two programs with one consumer fit together: of 228 KB the system takes 1 KB a program
         limit = SHARED_LIMITS["sm_90"] if num_consumers == 2 else 113 * 1024
         assert hopper_backward_shared_memory(backward, D, Dv) <= limit
+    for of_backward in HOPPER_BACKWARD_ROWS:
+        for D, Dv in itertools.product(range(of_backward.min_D, of_backward.max_D + 1, 8), repeat=2):
+            assert hopper_backward_shared_memory(of_backward.backward, D, Dv) <= SHARED_LIMITS["sm_90"]
     for row in HOPPER_ROWS:
         at_entry, roles = HOPPER_REGISTERS[row.forward.num_consumers]
         # the first role gets what the others leave; the producer's registers are taken for a whole warpgroup
