@@ -62,6 +62,47 @@ def test_masks_of_big_head_dims_on_hopper(name: str, score: str) -> None:
 
 
 @hopper
+@pytest.mark.parametrize("D, is_persistent", [(64, True), (128, True), (128, False), (256, False)])
+def test_maxima_that_grow_by_little_and_by_much(D: int, is_persistent: bool) -> None:
+    """Of the rows of a warp some are scaled anew in every step, others never: by less than SLACK, and downwards."""
+
+    def slopes(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return score + (q_idx % 16 - 5) * kv_idx * 0.015
+
+    config = {"forward": {"is_persistent": is_persistent}} if D <= 128 else None
+    for mask in (None, causal()):
+        run("gluon", mask, slopes, (2, 2, 2, 300, 1100, D, D), torch.bfloat16, "cuda", 64, config=config)
+
+
+@hopper
+def test_beside_another_process() -> None:
+    """Processes share a GPU by turns, in the midst of a kernel: what its shared memory holds comes back."""
+    code = "import torch; x = torch.randn(4096, 4096, device='cuda', dtype=torch.bfloat16); print(flush=True)\nwhile 1: x @ x"
+    works = [(None, 128, 128, {}), (causal(), 128, 128, {"is_persistent": True}), (causal(), 192, 128, {})]
+    calls = []
+    for mask, D, Dv, options in works:
+        q, k, v, dout, _ = inputs(1, 16, 16, 16384, 16384, D, Dv, torch.bfloat16, "cuda")
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        config = {"forward": options} if options else None
+
+        def call(leaves: Any = leaves, dout: Tensor = dout, mask: Any = mask, config: Any = config) -> tuple[Tensor, ...]:
+            out = attention(*leaves, mask=mask, backend="gluon", deterministic=True, config=config)
+            return (out, *torch.autograd.grad(out, leaves, dout))
+
+        calls.append((call, call()))
+    torch.cuda.synchronize()
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as other:
+        try:
+            assert other.stdout is not None and other.stdout.readline()
+            for call, alone in calls:
+                for _ in range(10):
+                    assert all(torch.equal(a, b) for a, b in zip(call(), alone, strict=True))
+            assert other.poll() is None
+        finally:
+            other.kill()
+
+
+@hopper
 @pytest.mark.parametrize("mask", [None, causal(), sliding_window(100, 30)], ids=["unmasked", "causal", "window"])
 @pytest.mark.parametrize("D, options", [(128, {}), (64, {}), (64, {"BLOCK_Q": 192, "has_turns": False})], ids=str)
 def test_a_persistent_forward_gives_the_same_bits(D: int, options: dict[str, Any], mask: Any) -> None:

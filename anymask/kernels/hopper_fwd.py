@@ -27,7 +27,7 @@ from anymask.kernels.hopper_pipeline import (
     wait_turn,
     write_number,
 )
-from anymask.kernels.hopper_softmax import OnlineSoftmax, pack_pairs, unpack_pairs
+from anymask.kernels.hopper_softmax import OnlineSoftmax, pack_pairs, rescaled, unpack_pairs
 from anymask.kernels.hopper_walk import Counting, Walking
 from anymask.kernels.record import record
 from anymask.kernels.tile import (
@@ -314,9 +314,8 @@ def chunk_product(v_tile, pairs, correction, acc):
     """O = O * correction + P V, issued    [ROWS, columns] f32"""
     O_LAYOUT: gl.constexpr = acc.type.layout
     p = unpack_pairs(pairs, v_tile.dtype, gl.DotOperandLayout(0, O_LAYOUT, 2))
-    correction = gl.convert_layout(correction, gl.SliceLayout(1, O_LAYOUT))
     # behind the wait for V, so that it stays behind the issue of Q K^T
-    acc = acc * correction[:, None]
+    acc = rescaled(acc, correction)
     return warpgroup_mma(p, v_tile, acc, is_async=True)
 
 
@@ -350,6 +349,8 @@ def attend_step(
     if IS_MASKED:
         s = shown(call, row, kv_start, s)
     softmax, p, correction = softmax.add(s, factor, IS_MASKED or call.SCORE is not None)
+    # Q has come, but ptxas moves nothing past this: else it waits for O before the exponentials
+    rings.q.wait(q_load)
     acc = finished(acc, 0)
     rings.v.release(i - 1)
     pairs = pack_pairs(p, call.q[0].dtype)  # only now are the registers of the previous P free: else C7513
@@ -402,7 +403,7 @@ def attend_row(call, rings, row, n, first, WARPGROUP: gl.constexpr):
     q_load = n * (call.BLOCK_Q // ROWS) + WARPGROUP
 
     acc = accumulators(call.out)
-    softmax = OnlineSoftmax.create(ROWS, S_LAYOUT)
+    softmax = OnlineSoftmax.create(ROWS, call.BLOCK_KV, S_LAYOUT)
     rings.q.wait(q_load)
     if num_steps > 0:
         # tile 0: there is no P before it
@@ -440,8 +441,9 @@ def attend_row(call, rings, row, n, first, WARPGROUP: gl.constexpr):
         if call.counter is not None:
             rings.q.release(q_load)
 
-    has_key = softmax.row_sum > 0
-    row_sum = gl.where(has_key, softmax.row_sum, 1.0)
+    row_sum = softmax.row_sum()
+    has_key = row_sum > 0
+    row_sum = gl.where(has_key, row_sum, 1.0)
     lse = gl.where(has_key, (softmax.row_max + gl.log2(row_sum)) * LN_2, float("-inf"))
     rows = row.q_start + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S_LAYOUT))
     head = row.b.to(gl.int64) * call.Hq + row.h
@@ -510,7 +512,7 @@ def hopper_forward_kernel(
     if counter is not None or not fits(out, q):
         staged = allocate_tiles(out, NUM_CONSUMERS)
     rings = Rings(
-        RowQueue.create(NUM_FIELDS, NUM_CONSUMERS + 1),
+        RowQueue.create(NUM_FIELDS, NUM_CONSUMERS + 1, counter is not None),
         Ring.create(q, NUM_CONSUMERS if counter is None else NUM_CONSUMERS * 2, 1),
         Ring.create(k, STAGES, NUM_CONSUMERS),
         Ring.create(v, STAGES, NUM_CONSUMERS),

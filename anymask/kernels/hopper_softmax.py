@@ -6,20 +6,25 @@ from triton.experimental.gluon import language as gl
 from anymask.kernels.record import record
 
 
+# The maximum that P is less of may lag behind the largest score so far, in base 2, by this: then sums are scaled anew in
+# a row's first steps and rarely after, and P and its sums, at most 256 times as large, are as exact as before.
+SLACK = gl.constexpr(8.0)
+
+
 @record
 class OnlineSoftmax:
-    """Of rows of scores that come tile by tile: the maximum so far, in base 2, and the sum of exp2(score - maximum)."""
+    """Of rows of scores that come tile by tile: a maximum in base 2, at most SLACK below the largest score so far, and
+    the sum of exp2(score - maximum) in 8 parts, as a thread has every 8th pair of columns.
+    """
 
     row_max: gl.tensor  # [BLOCK_Q] f32
-    row_sum: gl.tensor  # [BLOCK_Q] f32
+    row_sums: gl.tensor  # [BLOCK_Q, 8] f32
 
     @gluon.jit
-    def create(BLOCK_Q: gl.constexpr, LAYOUT: gl.constexpr):
-        """Of no tile. LAYOUT: of the scores."""
-        ROWS: gl.constexpr = gl.SliceLayout(1, LAYOUT)
-        return OnlineSoftmax(
-            gl.full([BLOCK_Q], float("-inf"), gl.float32, ROWS), gl.full([BLOCK_Q], 0.0, gl.float32, ROWS)
-        )
+    def create(BLOCK_Q: gl.constexpr, BLOCK_KV: gl.constexpr, LAYOUT: gl.constexpr):
+        """Of no tile. LAYOUT: of the scores [BLOCK_Q, BLOCK_KV]."""
+        row_max = gl.full([BLOCK_Q], float("-inf"), gl.float32, gl.SliceLayout(1, LAYOUT))
+        return OnlineSoftmax(row_max, sums_of_columns(gl.zeros([BLOCK_Q, BLOCK_KV], gl.float32, LAYOUT)))
 
     @gluon.jit
     def add(self, s, factor, HAS_HIDDEN: gl.constexpr):
@@ -29,6 +34,8 @@ class OnlineSoftmax:
         may then have no key so far, and exp2(-inf - 0) = 0.
         """
         new_max = gl.maximum(self.row_max, max_of_rows(s) * factor)
+        # inf and nan, of a row without a key so far, are not below it
+        new_max = gl.where(new_max - self.row_max <= SLACK, self.row_max, new_max)
         if HAS_HIDDEN:
             safe_max = gl.where(new_max == float("-inf"), 0.0, new_max)
         else:
@@ -36,8 +43,48 @@ class OnlineSoftmax:
         correction = gl.exp2(self.row_max - safe_max)
         # P = exp2(S - max)
         p = gl.exp2(s * factor - safe_max[:, None])
-        row_sum = self.row_sum * correction + gl.sum(p, 1)
-        return OnlineSoftmax(new_max, row_sum), p, correction
+        of_sums = gl.convert_layout(correction, gl.SliceLayout(1, self.row_sums.type.layout))
+        row_sums = self.row_sums * of_sums[:, None] + sums_of_columns(p)
+        return OnlineSoftmax(new_max, row_sums), p, correction
+
+    @gluon.jit
+    def row_sum(self):
+        """[BLOCK_Q] f32"""
+        return gl.convert_layout(gl.sum(self.row_sums, 1), self.row_max.type.layout)
+
+
+@gluon.jit
+def sums_of_columns(p):
+    """[BLOCK_Q, 8] sums of [BLOCK_Q, BLOCK_KV]: of every 8th column. A thread adds up what it has, and asks no other."""
+    return gl.sum(p.reshape([p.shape[0], p.shape[1] // 8, 8]), 1)
+
+
+@gluon.constexpr_function
+def rescale_asm(N):
+    """N products if a thread of the warp has a factor that is not 1."""
+    lines = [f"{{ .reg .pred p, q; setp.neu.f32 p, ${2 * N}, 0f3F800000; setp.neu.f32 q, ${2 * N + 2}, 0f3F800000;"]
+    lines += ["or.pred p, p, q; vote.sync.any.pred p, p, 0xffffffff; @!p bra.uni same;"]
+    lines += [f"mul.rn.f32 ${i}, ${N + i}, ${2 * N + i};" for i in range(N)]
+    return "\n".join([*lines, "same: }"])
+
+
+@gluon.constexpr_function
+def rescale_constraints(N):
+    return ",".join(["=f"] * N + [str(i) for i in range(N)] + ["f"] * N)
+
+
+@gluon.jit
+def rescaled(acc, factor):
+    """acc * factor [:, None], and no instruction for a warp whose rows all have the factor 1.
+
+    acc: [64, columns] f32, as a product of a warpgroup leaves it: of a thread's numbers the first two are of one row, the
+    next two of its other row.  factor: [64] f32.
+    """
+    N: gl.constexpr = acc.shape[0] * acc.shape[1] // 128  # of a thread
+    ASM: gl.constexpr = rescale_asm(N)
+    CONSTRAINTS: gl.constexpr = rescale_constraints(N)
+    factor = gl.convert_layout(factor, gl.SliceLayout(1, acc.type.layout))
+    return gl.inline_asm_elementwise(ASM, CONSTRAINTS, [acc, factor[:, None]], gl.float32, is_pure=True, pack=N)
 
 
 @gluon.jit
