@@ -84,7 +84,7 @@ HOPPER_BACKWARDS: dict[str, dict[str, Any]] = {
 # Only where plan.py has one. hopper_dq: after hopper_dkdv.
 HOPPER_KERNELS = ("hopper_forward", "rows", "dq_of_sum", *HOPPER_BACKWARDS, "hopper_dq")
 TWO = {"BLOCK_Q": 128, "BLOCK_KV": 128, "num_stages": 2, "has_turns": True}
-THREE = TWO | {"BLOCK_Q": 192, "num_stages": 3, "has_turns": False}
+THREE = TWO | {"BLOCK_Q": 192, "num_stages": 3}
 # head dims and configs that the plan does not choose, or not for all masks
 HOPPER_VARIANTS: tuple[tuple[int, tuple[tuple[str, Any], ...]], ...] = (
     *((D, (*TWO.items(), ("is_persistent", is_persistent))) for D in (128, 64) for is_persistent in (True, False)),

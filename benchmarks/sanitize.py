@@ -53,7 +53,7 @@ class Case:
 # Hopper configs by their consumers.
 ONE: dict[str, Any] = {"BLOCK_Q": 64, "BLOCK_KV": 64, "num_stages": 2, "has_turns": False, "is_persistent": False}
 TWO = ONE | {"BLOCK_Q": 128, "BLOCK_KV": 128, "has_turns": True}
-THREE = TWO | {"BLOCK_Q": 192, "num_stages": 3, "has_turns": False}
+THREE = TWO | {"BLOCK_Q": 192, "num_stages": 3}
 PERSISTENT = {"is_persistent": True}
 # the Hopper backward, with dQ in it, also with 128 queries a step, and without dQ
 FUSED, APART = {"is_fused": True}, {"is_fused": False}

@@ -23,7 +23,7 @@ from anymask.kernels.functions import kept, opaque
 from anymask.kernels.hopper_chunks import accumulator, accumulators, allocate_tiles, bytes_of, chunks_of, finished
 from anymask.kernels.hopper_pipeline import (
     FIRST_BARRIER,
-    FIRST_TURN,
+    LAST_BARRIER,
     Exchange,
     Handover,
     Ring,
@@ -585,7 +585,7 @@ def hopper_backward_kernel(
     order of work_of.
     """
     BLOCK_KV: gl.constexpr = ROWS if IS_SPLIT else NUM_CONSUMERS * ROWS
-    gl.static_assert(FIRST_BARRIER + 2 * STAGES + 4 <= FIRST_TURN)
+    gl.static_assert(FIRST_BARRIER + 2 * STAGES + 4 <= LAST_BARRIER)
     q = chunks_of(q, q_rest)
     k = chunks_of(k, k_rest)
     v = chunks_of(v, v_rest)

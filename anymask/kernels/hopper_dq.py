@@ -14,7 +14,7 @@ from anymask.kernels.functions import near
 from anymask.kernels.hopper_bwd import ROWS, copies, product_of_columns, products_of_rows, store_chunks
 from anymask.kernels.hopper_chunks import accumulators, bytes_of, chunks_of, finished
 from anymask.kernels.hopper_fwd import indices, row_from, row_of, walks_of
-from anymask.kernels.hopper_pipeline import FIRST_BARRIER, FIRST_TURN, Ring, read_number, write_number
+from anymask.kernels.hopper_pipeline import FIRST_BARRIER, LAST_BARRIER, Ring, read_number, write_number
 from anymask.kernels.record import record
 from anymask.kernels.tile import hidden, log2_probability
 
@@ -157,8 +157,9 @@ def gradient_step(i, dq, lse_log2, less_delta, call, row, shared, IS_MASKED: gl.
         bindings = call.bindings
         p *= call.SCORE_GRAD(s * call.scale, row.b, row.h, q_idx, kv_idx, bindings[0], bindings[1], bindings[2])
         p = shown(p, 0.0, call, row, q_idx, kv_idx, IS_MASKED)
-    # K has come, but ptxas moves nothing past this: else it waits for dP before most of the exponentials
-    shared.k.wait(i)
+    # Q has come long ago, but ptxas moves nothing past this: else it waits for dP before most of the exponentials. (For K
+    # the compiler would have the warps wait for each other twice a step, not once.)
+    shared.q.wait(WARPGROUP)
     dp = warpgroup_mma_wait(0, deps=[dp])
     shared.v.release(i)
     # dQ += dS K
@@ -230,7 +231,7 @@ def hopper_dq_kernel(
 ):
     """dq of one tile of queries. Grid: a program for each tile of each head, in the order of work_of."""
     NUM_CONSUMERS: gl.constexpr = BLOCK_Q // ROWS
-    gl.static_assert(FIRST_BARRIER + 2 * STAGES + 1 <= FIRST_TURN)
+    gl.static_assert(FIRST_BARRIER + 2 * STAGES + 1 <= LAST_BARRIER)
     q = chunks_of(q, q_rest)
     k = chunks_of(k, k_rest)
     v = chunks_of(v, v_rest)

@@ -2,8 +2,8 @@
 tiles by TMA, consumer warpgroups of 64 queries each compute.
 
 A consumer's step i:  S = Q K(i)^T issued; O += P V(i-1) issued; mask and softmax of S while that runs; P packed.
-So both products of a step are in flight together, and with two consumers that take turns, one's softmax overlaps the
-other's products. Masked tiles come first, then full ones, in one pipeline. docs/notes/004-hopper-forward.md has why.
+So both products of a step are in flight together, and with consumers that take turns, one's softmax overlaps the others'
+products. Masked tiles come first, then full ones, in one pipeline. docs/notes/004-hopper-forward.md has why.
 """
 
 from triton.experimental import gluon
@@ -341,7 +341,7 @@ def attend_step(
     s = score_product(rings, q_load, i, S_LAYOUT)
     acc = output_product(rings, pairs, correction, acc, i - 1)
     if call.HAS_TURNS:
-        pass_turn(WARPGROUP)
+        pass_turn(WARPGROUP, call.BLOCK_Q // ROWS)
     kv_start = start_of_tile(call, rings, i, IS_MASKED)
     s = warpgroup_mma_wait(len(acc), deps=[s])
     rings.k.release(i)
@@ -378,8 +378,8 @@ def attend(call, rings, WARPGROUP: gl.constexpr):
     """Role of a warpgroup: out and lse of ROWS queries, of each row of a persistent program."""
     n = gl.to_tensor(0)
     i = gl.to_tensor(0)
-    if call.HAS_TURNS and WARPGROUP == 1:
-        pass_turn(WARPGROUP)
+    if call.HAS_TURNS and WARPGROUP == call.BLOCK_Q // ROWS - 1:
+        pass_turn(WARPGROUP, call.BLOCK_Q // ROWS)
     row = taken_row(rings, n, WARPGROUP * ROWS, 4)
     if call.counter is None:
         attend_row(call, rings, row, n, i, WARPGROUP)
@@ -390,7 +390,7 @@ def attend(call, rings, WARPGROUP: gl.constexpr):
             row = taken_row(rings, n, WARPGROUP * ROWS, 4)
     tma.store_wait(0)
     if call.HAS_TURNS and WARPGROUP == 0:
-        wait_turn(WARPGROUP)  # the turn that the other passed on last
+        wait_turn(WARPGROUP)  # the turn that was passed on last
 
 
 @gluon.jit
@@ -412,7 +412,7 @@ def attend_row(call, rings, row, n, first, WARPGROUP: gl.constexpr):
             wait_turn(WARPGROUP)
         s = score_product(rings, q_load, first, S_LAYOUT)
         if call.HAS_TURNS:
-            pass_turn(WARPGROUP)
+            pass_turn(WARPGROUP, call.BLOCK_Q // ROWS)
         kv_start = start_of_tile(call, rings, first, MAY_HIDE)
         s = warpgroup_mma_wait(0, deps=[s])
         rings.k.release(first)

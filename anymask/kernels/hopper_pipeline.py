@@ -289,23 +289,23 @@ def arrive(barrier, NUM_THREADS: gl.constexpr):
     gl.inline_asm_elementwise(ASM, "=r,r,~{memory}", [barrier], dtype=gl.int32, is_pure=False, pack=1)
 
 
-# Turns: two warpgroups issue their products one after the other, so that one's softmax overlaps the other's products.
-# Barrier 14 is the turn of warpgroup 0, 15 of warpgroup 1.
-FIRST_TURN = gl.constexpr(14)
+# Turns: warpgroups issue their products one after the other, so that one's softmax overlaps the others' products. Barrier
+# LAST_BARRIER is the turn of warpgroup 0, the one before it of warpgroup 1.
+LAST_BARRIER = gl.constexpr(15)
 
 
 @gluon.jit
 def wait_turn(WARPGROUP: gl.constexpr):
-    sync(gl.to_tensor(FIRST_TURN + WARPGROUP), 256)
+    sync(gl.to_tensor(LAST_BARRIER - WARPGROUP), 256)
 
 
 @gluon.jit
-def pass_turn(WARPGROUP: gl.constexpr):
-    """The other warpgroup's turn begins."""
-    arrive(gl.to_tensor(FIRST_TURN + 1 - WARPGROUP), 256)
+def pass_turn(WARPGROUP: gl.constexpr, NUM_CONSUMERS: gl.constexpr):
+    """The next warpgroup's turn begins."""
+    arrive(gl.to_tensor(LAST_BARRIER - (WARPGROUP + 1) % NUM_CONSUMERS), 256)
 
 
 @gluon.jit
 def meet():
     """Both consumers wait for each other, in a kernel without turns."""
-    sync(gl.to_tensor(FIRST_TURN), 256)
+    sync(gl.to_tensor(LAST_BARRIER), 256)
