@@ -77,7 +77,7 @@ def test_maxima_that_grow_by_little_and_by_much(D: int, is_persistent: bool) -> 
 @hopper
 def test_beside_another_process() -> None:
     """Processes share a GPU by turns, in the midst of a kernel: what its shared memory holds comes back."""
-    code = "import torch; x = torch.randn(4096, 4096, device='cuda', dtype=torch.bfloat16); print(flush=True)\nwhile 1: x @ x"
+    code = "import torch; x = torch.randn(4096, 4096, device='cuda').bfloat16(); print(flush=True)\nwhile 1: x @ x"
     works = [(None, 128, 128, {}), (causal(), 128, 128, {"is_persistent": True}), (causal(), 192, 128, {})]
     calls = []
     for mask, D, Dv, options in works:

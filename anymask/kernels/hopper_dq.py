@@ -157,8 +157,8 @@ def gradient_step(i, dq, lse_log2, less_delta, call, row, shared, IS_MASKED: gl.
         bindings = call.bindings
         p *= call.SCORE_GRAD(s * call.scale, row.b, row.h, q_idx, kv_idx, bindings[0], bindings[1], bindings[2])
         p = shown(p, 0.0, call, row, q_idx, kv_idx, IS_MASKED)
-    # Q has come long ago, but ptxas moves nothing past this: else it waits for dP before most of the exponentials. (For K
-    # the compiler would have the warps wait for each other twice a step, not once.)
+    # Q has come long ago, but ptxas moves nothing past this: else it waits for dP before most of the exponentials.
+    # (With K's barrier instead, the compiler has the warps wait for each other twice a step, not once.)
     shared.q.wait(WARPGROUP)
     dp = warpgroup_mma_wait(0, deps=[dp])
     shared.v.release(i)

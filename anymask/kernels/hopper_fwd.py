@@ -2,8 +2,8 @@
 tiles by TMA, consumer warpgroups of 64 queries each compute.
 
 A consumer's step i:  S = Q K(i)^T issued; O += P V(i-1) issued; mask and softmax of S while that runs; P packed.
-So both products of a step are in flight together, and with consumers that take turns, one's softmax overlaps the others'
-products. Masked tiles come first, then full ones, in one pipeline. docs/notes/004-hopper-forward.md has why.
+So both products of a step are in flight together, and with consumers that take turns, one's softmax overlaps the
+others' products. Masked tiles come first, then full ones, in one pipeline. docs/notes/004-hopper-forward.md has why.
 """
 
 from triton.experimental import gluon

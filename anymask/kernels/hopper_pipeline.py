@@ -289,8 +289,8 @@ def arrive(barrier, NUM_THREADS: gl.constexpr):
     gl.inline_asm_elementwise(ASM, "=r,r,~{memory}", [barrier], dtype=gl.int32, is_pure=False, pack=1)
 
 
-# Turns: warpgroups issue their products one after the other, so that one's softmax overlaps the others' products. Barrier
-# LAST_BARRIER is the turn of warpgroup 0, the one before it of warpgroup 1.
+# Turns: warpgroups issue their products one after the other, so that one's softmax overlaps the others' products.
+# Barrier LAST_BARRIER is the turn of warpgroup 0, the one before it of warpgroup 1.
 LAST_BARRIER = gl.constexpr(15)
 
 

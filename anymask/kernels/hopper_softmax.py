@@ -5,16 +5,15 @@ from triton.experimental.gluon import language as gl
 
 from anymask.kernels.record import record
 
-
-# The maximum that P is less of may lag behind the largest score so far, in base 2, by this: then sums are scaled anew in
-# a row's first steps and rarely after, and P and its sums, at most 256 times as large, are as exact as before.
+# The maximum that scores are taken relative to may lag behind the largest so far by this, in base 2: then sums are
+# scaled anew in a row's first steps and rarely after, and P, at most 256 instead of 1, is as exact as before.
 SLACK = gl.constexpr(8.0)
 
 
 @record
 class OnlineSoftmax:
     """Of rows of scores that come tile by tile: a maximum in base 2, at most SLACK below the largest score so far, and
-    the sum of exp2(score - maximum) in 8 parts, as a thread has every 8th pair of columns.
+    the sum of exp2(score - maximum) in 8 parts, by column modulo 8: so each thread adds up its own columns.
     """
 
     row_max: gl.tensor  # [BLOCK_Q] f32
@@ -55,13 +54,13 @@ class OnlineSoftmax:
 
 @gluon.jit
 def sums_of_columns(p):
-    """[BLOCK_Q, 8] sums of [BLOCK_Q, BLOCK_KV]: of every 8th column. A thread adds up what it has, and asks no other."""
+    """[BLOCK_Q, 8] sums of [BLOCK_Q, BLOCK_KV], by column modulo 8."""
     return gl.sum(p.reshape([p.shape[0], p.shape[1] // 8, 8]), 1)
 
 
 @gluon.constexpr_function
 def rescale_asm(N):
-    """N products if a thread of the warp has a factor that is not 1."""
+    """N products, where a thread of the warp has a factor that is not 1."""
     lines = [f"{{ .reg .pred p, q; setp.neu.f32 p, ${2 * N}, 0f3F800000; setp.neu.f32 q, ${2 * N + 2}, 0f3F800000;"]
     lines += ["or.pred p, p, q; vote.sync.any.pred p, p, 0xffffffff; @!p bra.uni same;"]
     lines += [f"mul.rn.f32 ${i}, ${N + i}, ${2 * N + i};" for i in range(N)]
@@ -75,10 +74,10 @@ def rescale_constraints(N):
 
 @gluon.jit
 def rescaled(acc, factor):
-    """acc * factor [:, None], and no instruction for a warp whose rows all have the factor 1.
+    """acc * factor [:, None], but nothing is multiplied by a warp whose rows all have the factor 1.
 
-    acc: [64, columns] f32, as a product of a warpgroup leaves it: of a thread's numbers the first two are of one row, the
-    next two of its other row.  factor: [64] f32.
+    acc: [64, columns] f32, as a product of a warpgroup leaves it: of a thread's numbers the first two are of one row,
+    the next two of its other one.  factor: [64] f32.
     """
     N: gl.constexpr = acc.shape[0] * acc.shape[1] // 128  # of a thread
     ASM: gl.constexpr = rescale_asm(N)

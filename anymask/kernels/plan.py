@@ -430,7 +430,7 @@ def _override_hopper(default: HopperConfig, wanted: Any, tile: tuple[int, int], 
     if config.num_consumers != 2 and max(chunks(Dv)) > 128:
         raise UnsupportedError(f"config['forward']: with Dv {Dv} BLOCK_Q is 128, not {config.BLOCK_Q}")
     if config.has_turns and config.num_consumers == 1:
-        raise UnsupportedError(f"config['forward']: two or three warpgroups take turns, not one")
+        raise UnsupportedError("config['forward']: two or three warpgroups take turns, not one")
     size, limit = hopper_shared_memory(config, D, Dv), SHARED_LIMITS["sm_90"]
     if size > limit:
         raise UnsupportedError(
