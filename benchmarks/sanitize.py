@@ -144,7 +144,7 @@ def take_numbers(out_pointer, queue, WARPGROUP: gl.constexpr):
 
 @gluon.jit
 def control_kernel(out_pointer):
-    queue = RowQueue.create(1, 2)
+    queue = RowQueue.create(1, 2, False)
     gl.warp_specialize(
         [
             (take_numbers, (out_pointer, queue, gl.constexpr(0))),

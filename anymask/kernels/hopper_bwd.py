@@ -30,9 +30,11 @@ from anymask.kernels.hopper_pipeline import (
     begin_load,
     begin_store,
     meet,
+    pass_turn,
     read_number,
     reduce_add,
     seen_as,
+    wait_turn,
     write_number,
 )
 from anymask.kernels.hopper_walk import Counting, Walking
@@ -352,6 +354,8 @@ def gradient_step(i, last, dk, dv, call, work, h, shared, IS_MASKED: gl.constexp
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, call.BLOCK_Q, 16])
     DTYPE: gl.constexpr = call.q[0].dtype
     IS_LATE: gl.constexpr = is_late(call.BLOCK_Q)
+    # where dQ is computed here, consumers are faster without
+    HAS_TURNS: gl.constexpr = shared.dq is None and call.NUM_CONSUMERS == 2
     # 0, but the compiler can't know: so it computes anew, each step, where tiles that stay the same lie, and their
     # addresses take no registers
     zero = i >> 30
@@ -361,12 +365,18 @@ def gradient_step(i, last, dk, dv, call, work, h, shared, IS_MASKED: gl.constexp
     zeros = gl.zeros([ROWS, call.BLOCK_Q], gl.float32, S_LAYOUT)
     shared.q.wait(i)
     less_delta = copies(row_vector(call, shared, i, 1, S_LAYOUT), zeros)
+    if HAS_TURNS:
+        shared.dout.wait(i)
+        wait_turn(WARPGROUP)
     # S^T = K Q^T    [ROWS, BLOCK_Q] f32
     s = product_of_columns(k, q, zeros, False)
     v = shared.v.chunks(WARPGROUP + zero, zero)
     # dP^T - delta = V dO^T - delta    [ROWS, BLOCK_Q] f32
-    shared.dout.wait(i)
+    if not HAS_TURNS:
+        shared.dout.wait(i)
     dp = product_of_columns(v, dout, less_delta, True)
+    if HAS_TURNS:
+        pass_turn(WARPGROUP, call.NUM_CONSUMERS)
     q_start = first_query(call, shared, i)
     lse_log2 = row_vector(call, shared, i, 0, S_LAYOUT)
     s = warpgroup_mma_wait(len(v), deps=[s])
@@ -514,6 +524,9 @@ def differentiate(call, shared, WARPGROUP: gl.constexpr):
     last = (work.h_kv * call.G, call.Sq)  # dQ of the step before step 0 is anything: it is added nowhere
     if shared.dq is not None and IS_LATE:
         shared.exchange.give(1, WARPGROUP)  # as step -1
+    HAS_TURNS: gl.constexpr = shared.dq is None and call.NUM_CONSUMERS == 2
+    if HAS_TURNS and WARPGROUP == call.NUM_CONSUMERS - 1:
+        pass_turn(WARPGROUP, call.NUM_CONSUMERS)
     for g in range(call.G):
         visit = visit_of(call, work, g)
         if MAY_HIDE:
@@ -523,6 +536,8 @@ def differentiate(call, shared, WARPGROUP: gl.constexpr):
         for _ in range(visit.num_full):
             last, dk, dv = gradient_step(i, last, dk, dv, call, work, visit.h, shared, False, WARPGROUP)
             i += 1
+    if HAS_TURNS and WARPGROUP == 0:
+        wait_turn(WARPGROUP)  # the turn that was passed on last
     if shared.dq is not None:
         tma.store_wait(0)
         if IS_LATE:
@@ -585,7 +600,7 @@ def hopper_backward_kernel(
     order of work_of.
     """
     BLOCK_KV: gl.constexpr = ROWS if IS_SPLIT else NUM_CONSUMERS * ROWS
-    gl.static_assert(FIRST_BARRIER + 2 * STAGES + 4 <= LAST_BARRIER)
+    gl.static_assert(FIRST_BARRIER + 2 * STAGES + 4 < LAST_BARRIER)
     q = chunks_of(q, q_rest)
     k = chunks_of(k, k_rest)
     v = chunks_of(v, v_rest)

@@ -215,12 +215,14 @@ class RowQueue:
     numbers: gl.shared_memory_descriptor  # [2 * NUM_FIELDS, 1] int32
     full: gl.shared_memory_descriptor  # [2, 1]
     empty: gl.shared_memory_descriptor  # [2, 1]
-    wanted: gl.shared_memory_descriptor | gl.constexpr  # [1]; None of one row alone
+    wanted: gl.shared_memory_descriptor | gl.constexpr  # [1], or None
     NUM_FIELDS: gl.constexpr
 
     @gluon.jit
-    def create(NUM_FIELDS: gl.constexpr, NUM_TAKERS: gl.constexpr, HAS_NEXT: gl.constexpr):
-        """HAS_NEXT: more than one row will be put."""
+    def create(NUM_FIELDS: gl.constexpr, NUM_TAKERS: gl.constexpr, HAS_WANTED: gl.constexpr):
+        """HAS_WANTED: who puts rows waits until they are wanted. Else there is no barrier for it: to one that nobody
+        waits at, the compiler gives memory that tiles have too (see check_barriers of benchmarks/aot.py).
+        """
         numbers = gl.allocate_shared_memory(gl.int32, [2 * NUM_FIELDS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
         full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
         empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -228,7 +230,7 @@ class RowQueue:
             mbarrier.init(full.index(slot), count=1)
             mbarrier.init(empty.index(slot), count=NUM_TAKERS)
         wanted: gl.constexpr = None
-        if HAS_NEXT:
+        if HAS_WANTED:
             wanted = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
             mbarrier.init(wanted, count=1)
         return RowQueue(numbers, full, empty, wanted, NUM_FIELDS)
