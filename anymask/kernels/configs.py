@@ -304,7 +304,8 @@ HOPPER_BACKWARD_ROWS = (
     # S 16384 582 / -, 8192 572 / 577, 1024 - / 338; dq in its step 552 / -, 547 / 531, - / 328; three stages 586 / -,
     # 572 / 514
     HopperBackwardRow(40, 128, HopperBackwardConfig(2, is_fused=True)),
-    # S 16384 465 / 493, 8192 472 / 477, 2048 431 / 395, 512 328 / 220
+    # S 16384 515 / 530, 8192 529 / 497; before its consumers took turns 465 / 493, 472 / 477, S 2048 431 / 395, 512
+    # 328 / 220
     HopperBackwardRow(40, 128, HopperBackwardConfig(2, is_fused=False)),
     # S 8192, causal, 192/128 421, 256 473; 160 with the portable kernels 72
     HopperBackwardRow(8, 192, HopperBackwardConfig(3, is_fused=False, is_split=True)),
