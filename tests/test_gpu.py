@@ -95,11 +95,11 @@ def test_beside_another_process() -> None:
     torch.cuda.synchronize()
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as other:
         try:
-            assert other.stdout is not None and other.stdout.readline()
+            assert other.stdout is not None and other.stdout.readline(), "the other process found no GPU"
             for call, alone in calls:
                 for _ in range(10):
                     assert all(torch.equal(a, b) for a, b in zip(call(), alone, strict=True))
-            assert other.poll() is None
+            assert other.poll() is None, "the other process ended too soon"
         finally:
             other.kill()
 

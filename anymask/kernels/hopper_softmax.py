@@ -1,4 +1,4 @@
-"""Softmax in registers of a Hopper warpgroup: the online softmax, and P as pairs of 16-bit numbers."""
+"""Softmax in registers of a Hopper warpgroup: the online softmax, sums scaled anew, P as pairs of 16-bit numbers."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
