@@ -5,8 +5,9 @@ S^T = K Q^T and dP^T = V dO^T issued; P^T while dP^T runs; dV += P^T dO issued; 
 consumer reads it; dQ = dS K issued, of which each consumer computes half; dK += dS^T Q issued; dQ added to its
 accumulator by TMA. P^T and dS^T are operands in registers, dK and dV stay there to the end. With ROWS queries a step dQ
 is late, that of the step before, so that consumers need not wait for each other.
-dQ may be left to hopper_dq.py. Then there may be one consumer: half the keys, and two programs on a multiprocessor, one
-of which computes while the other begins or ends. And above head dim 128 two consumers share the work on 64 keys.
+dQ may be left to hopper_dq.py. Then consumers take turns, or there is one: half the keys, and two programs on a
+multiprocessor, one of which computes while the other begins or ends. And above head dim 128 two consumers share the
+work on 64 keys.
 docs/notes/006-hopper-backward.md has why; hopper_rows.py what comes before and after.
 """
 
@@ -78,6 +79,7 @@ class Call:
     TILE_KV: gl.constexpr
     IS_EVEN_Q: gl.constexpr
     IS_EVEN_KV: gl.constexpr
+    HAS_TURNS: gl.constexpr
 
 
 @record
@@ -354,8 +356,6 @@ def gradient_step(i, last, dk, dv, call, work, h, shared, IS_MASKED: gl.constexp
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, call.BLOCK_Q, 16])
     DTYPE: gl.constexpr = call.q[0].dtype
     IS_LATE: gl.constexpr = is_late(call.BLOCK_Q)
-    # where dQ is computed here, consumers are faster without
-    HAS_TURNS: gl.constexpr = shared.dq is None and call.NUM_CONSUMERS == 2
     # 0, but the compiler can't know: so it computes anew, each step, where tiles that stay the same lie, and their
     # addresses take no registers
     zero = i >> 30
@@ -365,17 +365,17 @@ def gradient_step(i, last, dk, dv, call, work, h, shared, IS_MASKED: gl.constexp
     zeros = gl.zeros([ROWS, call.BLOCK_Q], gl.float32, S_LAYOUT)
     shared.q.wait(i)
     less_delta = copies(row_vector(call, shared, i, 1, S_LAYOUT), zeros)
-    if HAS_TURNS:
+    if call.HAS_TURNS:
         shared.dout.wait(i)
         wait_turn(WARPGROUP)
     # S^T = K Q^T    [ROWS, BLOCK_Q] f32
     s = product_of_columns(k, q, zeros, False)
     v = shared.v.chunks(WARPGROUP + zero, zero)
     # dP^T - delta = V dO^T - delta    [ROWS, BLOCK_Q] f32
-    if not HAS_TURNS:
+    if not call.HAS_TURNS:
         shared.dout.wait(i)
     dp = product_of_columns(v, dout, less_delta, True)
-    if HAS_TURNS:
+    if call.HAS_TURNS:
         pass_turn(WARPGROUP, call.NUM_CONSUMERS)
     q_start = first_query(call, shared, i)
     lse_log2 = row_vector(call, shared, i, 0, S_LAYOUT)
@@ -524,8 +524,7 @@ def differentiate(call, shared, WARPGROUP: gl.constexpr):
     last = (work.h_kv * call.G, call.Sq)  # dQ of the step before step 0 is anything: it is added nowhere
     if shared.dq is not None and IS_LATE:
         shared.exchange.give(1, WARPGROUP)  # as step -1
-    HAS_TURNS: gl.constexpr = shared.dq is None and call.NUM_CONSUMERS == 2
-    if HAS_TURNS and WARPGROUP == call.NUM_CONSUMERS - 1:
+    if call.HAS_TURNS and WARPGROUP == call.NUM_CONSUMERS - 1:
         pass_turn(WARPGROUP, call.NUM_CONSUMERS)
     for g in range(call.G):
         visit = visit_of(call, work, g)
@@ -536,7 +535,7 @@ def differentiate(call, shared, WARPGROUP: gl.constexpr):
         for _ in range(visit.num_full):
             last, dk, dv = gradient_step(i, last, dk, dv, call, work, visit.h, shared, False, WARPGROUP)
             i += 1
-    if HAS_TURNS and WARPGROUP == 0:
+    if call.HAS_TURNS and WARPGROUP == 0:
         wait_turn(WARPGROUP)  # the turn that was passed on last
     if shared.dq is not None:
         tma.store_wait(0)
@@ -659,6 +658,7 @@ def hopper_backward_kernel(
         TILE_KV,
         IS_EVEN_Q,
         IS_EVEN_KV,
+        dq is None and NUM_CONSUMERS == 2 and not IS_SPLIT,  # fused, consumers are faster without turns
     )
     if IS_SPLIT:
         gl.warp_specialize(

@@ -68,6 +68,7 @@ class Call:
     MASK: gl.constexpr
     SCORE: gl.constexpr
     G: gl.constexpr
+    NUM_CONSUMERS: gl.constexpr
     BLOCK_Q: gl.constexpr
     BLOCK_KV: gl.constexpr
     TILE_Q: gl.constexpr
@@ -211,13 +212,12 @@ def load_row(call, rings, row, n, i):
     too late, and sooner the programs would take unequal parts of the work.
     """
     kv_head = row.h // call.G
-    NUM_CONSUMERS: gl.constexpr = call.BLOCK_Q // ROWS
     masked, full = walks_of(call, row)
     wanted = i + row.num_masked + row.num_full - WANTED_AHEAD
     if call.counter is not None and wanted < i:
         rings.rows.want()
-    for consumer in gl.static_range(NUM_CONSUMERS):
-        rings.q.load(n * NUM_CONSUMERS + consumer, call.q, row.b, row.h, row.q_start + consumer * ROWS)
+    for consumer in gl.static_range(call.NUM_CONSUMERS):
+        rings.q.load(n * call.NUM_CONSUMERS + consumer, call.q, row.b, row.h, row.q_start + consumer * ROWS)
     for IS_FULL in gl.static_range(2):
         if IS_FULL:
             tiles = full
@@ -341,7 +341,7 @@ def attend_step(
     s = score_product(rings, q_load, i, S_LAYOUT)
     acc = output_product(rings, pairs, correction, acc, i - 1)
     if call.HAS_TURNS:
-        pass_turn(WARPGROUP, call.BLOCK_Q // ROWS)
+        pass_turn(WARPGROUP, call.NUM_CONSUMERS)
     kv_start = start_of_tile(call, rings, i, IS_MASKED)
     s = warpgroup_mma_wait(len(acc), deps=[s])
     rings.k.release(i)
@@ -378,8 +378,8 @@ def attend(call, rings, WARPGROUP: gl.constexpr):
     """Role of a warpgroup: out and lse of ROWS queries, of each row of a persistent program."""
     n = gl.to_tensor(0)
     i = gl.to_tensor(0)
-    if call.HAS_TURNS and WARPGROUP == call.BLOCK_Q // ROWS - 1:
-        pass_turn(WARPGROUP, call.BLOCK_Q // ROWS)
+    if call.HAS_TURNS and WARPGROUP == call.NUM_CONSUMERS - 1:
+        pass_turn(WARPGROUP, call.NUM_CONSUMERS)
     row = taken_row(rings, n, WARPGROUP * ROWS, 4)
     if call.counter is None:
         attend_row(call, rings, row, n, i, WARPGROUP)
@@ -400,7 +400,7 @@ def attend_row(call, rings, row, n, first, WARPGROUP: gl.constexpr):
     MAY_HIDE: gl.constexpr = call.MASK is not None or not call.IS_EVEN_KV
     num_masked = row.num_masked
     num_steps = num_masked + row.num_full
-    q_load = n * (call.BLOCK_Q // ROWS) + WARPGROUP
+    q_load = n * call.NUM_CONSUMERS + WARPGROUP
 
     acc = accumulators(call.out)
     softmax = OnlineSoftmax.create(ROWS, call.BLOCK_KV, S_LAYOUT)
@@ -412,7 +412,7 @@ def attend_row(call, rings, row, n, first, WARPGROUP: gl.constexpr):
             wait_turn(WARPGROUP)
         s = score_product(rings, q_load, first, S_LAYOUT)
         if call.HAS_TURNS:
-            pass_turn(WARPGROUP, call.BLOCK_Q // ROWS)
+            pass_turn(WARPGROUP, call.NUM_CONSUMERS)
         kv_start = start_of_tile(call, rings, first, MAY_HIDE)
         s = warpgroup_mma_wait(0, deps=[s])
         rings.k.release(first)
@@ -541,6 +541,7 @@ def hopper_forward_kernel(
         MASK,
         SCORE,
         G,
+        NUM_CONSUMERS,
         BLOCK_Q,
         BLOCK_KV,
         TILE_Q,
