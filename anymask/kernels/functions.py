@@ -119,15 +119,14 @@ def tanh(x):
 
 
 @triton.jit
-def reciprocal_tanh(x):
-    """tanh(x) likewise, with the GPU's reciprocal instead of a division. NVIDIA only.
+def tanh_part(x, factor):
+    """r with tanh(x * factor) = 1 - 2 r, by the GPU's reciprocal instead of a division. NVIDIA only. So a multiple of
+    tanh takes no more instructions than tanh.
 
-    Not by its own tanh, whose relative error of 2^-11 is up to 4 times that of plain torch's lse in bfloat16.
+    Not by the GPU's own tanh, whose relative error of 2^-11 is up to 4 times that of plain torch's lse in bfloat16.
     """
-    y = tl.exp2(x * 2.8853900817779268) + 1
-    return 1 - 2 * tl.inline_asm_elementwise(
-        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [y], tl.float32, is_pure=True, pack=1
-    )
+    y = tl.exp2(x * (factor * 2.8853900817779268)) + 1
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [y], tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit

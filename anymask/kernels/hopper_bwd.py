@@ -343,7 +343,7 @@ def score_slope(p, s, call, work, h, q_idx, kv_idx, IS_MASKED: gl.constexpr):
     """P^T * dT/dS    [ROWS, BLOCK_Q] f32"""
     if call.SCORE_GRAD is not None:
         bindings = call.bindings
-        p *= call.SCORE_GRAD(s * call.scale, work.b, h, q_idx, kv_idx, bindings[0], bindings[1], bindings[2])
+        p *= call.SCORE_GRAD(s, call.scale, work.b, h, q_idx, kv_idx, bindings[0], bindings[1], bindings[2])
         p = shown(p, 0.0, call, work, h, q_idx, kv_idx, IS_MASKED)
     return p
 

@@ -155,7 +155,7 @@ def gradient_step(i, dq, lse_log2, less_delta, call, row, shared, IS_MASKED: gl.
     # dS = P * dT/dS * (dP - delta)    [ROWS, BLOCK_KV] f32. In this order S is done with before dP
     if call.SCORE_GRAD is not None:
         bindings = call.bindings
-        p *= call.SCORE_GRAD(s * call.scale, row.b, row.h, q_idx, kv_idx, bindings[0], bindings[1], bindings[2])
+        p *= call.SCORE_GRAD(s, call.scale, row.b, row.h, q_idx, kv_idx, bindings[0], bindings[1], bindings[2])
         p = shown(p, 0.0, call, row, q_idx, kv_idx, IS_MASKED)
     # Q has come long ago, but ptxas moves nothing past this: else it waits for dP before most of the exponentials.
     # (With K's barrier instead, the compiler has the warps wait for each other twice a step, not once.)

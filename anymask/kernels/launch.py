@@ -19,7 +19,7 @@ from anymask.blocks import cache
 from anymask.blocks.block_map import BlockMap
 from anymask.blocks.walk import WORD, Walk
 from anymask.expr.bindings import Bindings
-from anymask.expr.emit import emit, emit_hide
+from anymask.expr.emit import emit_hide, emit_score
 from anymask.expr.grad import derivative
 from anymask.expr.ir import Expr
 from anymask.expr.mods import Mods
@@ -620,7 +620,7 @@ def _hopper_dq_recipe(
 def _function(
     expr: Expr, name: str, wide: frozenset[int], is_ptx: bool, overhang: frozenset[str] | None, near: str | None = None
 ) -> Any:
-    return jitted((emit_hide if name == "hide" else emit)(expr, name, wide, is_ptx, overhang, near), name)
+    return jitted((emit_hide if name == "hide" else emit_score)(expr, name, wide, is_ptx, overhang, near), name)
 
 
 @functools.lru_cache(maxsize=4096)

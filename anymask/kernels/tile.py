@@ -207,7 +207,7 @@ def tile_at(bits, first):
 @triton.jit
 def natural_score(qk, b, h, q_idx, kv_idx, scale, bindings, SCORE: tl.constexpr):
     """SCORE(scale * qk), in the shape of qk."""
-    score = SCORE(qk * scale, b, h, q_idx, kv_idx, bindings[0], bindings[1], bindings[2])
+    score = SCORE(qk, scale, b, h, q_idx, kv_idx, bindings[0], bindings[1], bindings[2])
     qk, score = tl.broadcast(qk, score)
     return score
 
@@ -245,5 +245,5 @@ def score_gradient(p, dp, delta, qk, b, h, q_idx, kv_idx, scale, bindings, SCORE
     """dS = P * (dP - delta), times d score_out / d score_in, which may be anything where the pair is hidden."""
     ds = p * (dp - delta)
     if SCORE_GRAD is not None:
-        ds *= SCORE_GRAD(qk * scale, b, h, q_idx, kv_idx, bindings[0], bindings[1], bindings[2])
+        ds *= SCORE_GRAD(qk, scale, b, h, q_idx, kv_idx, bindings[0], bindings[1], bindings[2])
     return ds

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from anymask.expr.bindings import Bindings
-from anymask.expr.emit import BOOL_TEMPLATES, TEMPLATES, emit, emit_hide
+from anymask.expr.emit import BOOL_TEMPLATES, TEMPLATES, emit, emit_hide, emit_score
 from anymask.expr.evaluate import evaluate
 from anymask.expr.ir import SCORE, TRUE, DType, Expr, Op, apply, cast, const, index
 from anymask.kernels.jit import jitted
@@ -235,7 +235,42 @@ def test_distances_are_taken_near_the_tile() -> None:
 
 def test_nvidia_has_a_cheaper_tanh() -> None:
     capped = apply(Op.TANH, SCORE)
-    assert "= tanh(score)" in emit(capped, "f") and "= reciprocal_tanh(score)" in emit(capped, "f", is_ptx=True)
+    assert "= tanh(score)" in emit(capped, "f") and "tanh_part(score, 1.0)" in emit(capped, "f", is_ptx=True)
+
+
+def test_factors_of_a_score_are_gathered() -> None:
+    """(score * scale * 0.5) * n, and n * tanh(score * scale * 0.5), take one multiplication of a tile each."""
+    half, number = const(0.5, FLOAT), Expr.of(Op.NUMBER, FLOAT, (), 0)
+    shrunk = apply(Op.MUL, SCORE, half)
+    text = emit_score(apply(Op.MUL, number, shrunk), "f")
+    last = text.splitlines()[-2].split(" = ")[1]
+    assert last.startswith("score * v") and text.count("score *") == 1
+    text = emit_score(apply(Op.MUL, number, apply(Op.TANH, shrunk)), "f", is_ptx=True)
+    assert "tanh_part(score, v" in text and text.splitlines()[-2].endswith("_part")
+
+
+@pytest.mark.parametrize("is_number_first", [False, True])
+def test_gathered_factors_mean_the_same(is_number_first: bool) -> None:
+    """A tile of score * scale and of what the scale belongs to, against evaluate()."""
+    number, column = Expr.of(Op.NUMBER, FLOAT, (), 0), cast(KV_, FLOAT)
+    operands = (number, SCORE) if is_number_first else (SCORE, number)
+    expr = apply(Op.ADD, apply(Op.MUL, apply(Op.MUL, *operands), column), apply(Op.MUL, apply(Op.TANH, SCORE), number))
+    fn = jitted(emit_score(expr, "scaled"), "scaled")
+    raw, out = (
+        torch.linspace(-3, 3, BLOCK * BLOCK, device=DEVICE).view(BLOCK, BLOCK),
+        torch.empty(BLOCK, BLOCK, device=DEVICE),
+    )
+
+    @triton.jit
+    def kernel(raw_pointer, out_pointer, scale, floats, SCORE_FUNCTION: tl.constexpr, BLOCK: tl.constexpr):
+        q_idx, kv_idx = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
+        raw = tl.load(raw_pointer + q_idx * BLOCK + kv_idx)
+        tl.store(out_pointer + q_idx * BLOCK + kv_idx, SCORE_FUNCTION(raw, scale, 0, 0, q_idx, kv_idx, (), (), floats))
+
+    kernel[(1,)](raw, out, 0.25, (1.5,), fn, BLOCK)
+    column_values = torch.arange(BLOCK, device=DEVICE)
+    score = raw.double() * 0.25
+    torch.testing.assert_close(out.double(), score * 1.5 * column_values + score.tanh() * 1.5, rtol=1e-5, atol=1e-5)
 
 
 def test_comparisons_keep_the_score_near_the_tile() -> None:
