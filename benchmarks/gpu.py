@@ -138,7 +138,9 @@ def document_lengths(S: int) -> list[int]:
 
 
 def document_ids(lengths: list[int]) -> torch.Tensor:
-    return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(DEVICE)
+    """[S] int32, as anymask.masks.document_ids() makes them."""
+    ids = torch.arange(len(lengths), dtype=torch.int32)
+    return torch.repeat_interleave(ids, torch.tensor(lengths)).to(DEVICE)
 
 
 def document_bounds(lengths: list[int]) -> torch.Tensor:
@@ -183,7 +185,7 @@ def mode1_case(S: int) -> Case:
     """Every fourth document sees everything, the others themselves."""
     lengths = document_lengths(S)
     doc = document_ids(lengths)
-    eq = torch.where(doc % 4 == 0, doc, -1 - doc).int()
+    eq = torch.where(doc % 4 == 0, doc, -1 - doc)
 
     def visible(b, h, q_idx, kv_idx):
         return (eq[q_idx] >= 0) | (eq[q_idx] == eq[kv_idx])

@@ -59,7 +59,7 @@ class Work:
 
 
 def documents(S: int) -> Work:
-    ids = document_ids(document_lengths(S)).int()
+    ids = document_ids(document_lengths(S))
     return Work(f"documents_causal_S{S}", S, causal() & document(ids))
 
 

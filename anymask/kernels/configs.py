@@ -24,6 +24,7 @@ class HopperConfig:
 
     has_turns: consumers issue their products in turns, so that one's softmax overlaps the others' products.
     is_persistent: a program for each multiprocessor, which takes one tile of queries after the other.
+    holds_half: half the columns of Q's first chunk (plan.chunks) stay in registers: less is read of shared memory.
     """
 
     BLOCK_Q: int
@@ -31,6 +32,7 @@ class HopperConfig:
     num_stages: int
     has_turns: bool
     is_persistent: bool = False
+    holds_half: bool = False
 
     @property
     def num_consumers(self) -> int:
@@ -44,6 +46,7 @@ class HopperConfig:
 
     def __str__(self) -> str:
         ways = ", in turns" * self.has_turns + ", persistent" * self.is_persistent
+        ways += ", half of Q held" * self.holds_half
         return f"{self.BLOCK_Q}x{self.BLOCK_KV}, {_warpgroups(self)}{ways}, {self.num_stages} stages"
 
 
@@ -234,14 +237,12 @@ HOPPER_ROWS = (
     HopperRow(128, HopperConfig(64, 64, 2, False, True), "segmented", max_Skv=32768),
     # S 16384 639 / 613, 8192 640 / 610, 4096 609 / 597, 1024 617 / 452, 512 530 / 320; not persistent 653 / 627,
     # 624 / 606, 611 / 581, 532 / 380, 424 / 256; documents 421, 65k 545; 405, 532
-    HopperRow(128, HopperConfig(128, 128, 2, True, True), max_Skv=8192),
-    HopperRow(128, HopperConfig(128, 128, 2, True, True), "ragged"),
-    HopperRow(128, HopperConfig(128, 128, 2, True)),
+    HopperRow(128, HopperConfig(128, 128, 2, True, True)),
     # S 8192, causal, portable kernel: 192/128 628, 331 (192/192); 256 606, 489. 160 not measured
     HopperRow(160, HopperConfig(128, 128, 2, True)),
-    HopperRow(192, HopperConfig(128, 128, 2, True), max_Dv=128),
+    HopperRow(192, HopperConfig(128, 128, 2, True, holds_half=True), max_Dv=128),
     HopperRow(192, HopperConfig(128, 64, 3, True)),
-    HopperRow(256, HopperConfig(128, 64, 2, True)),
+    HopperRow(256, HopperConfig(128, 64, 2, True, holds_half=True)),
 )
 
 

@@ -74,6 +74,7 @@ def forward_recipe(
         IS_EVEN_KV=Skv % tile[1] == 0,
         STAGES=config.num_stages,
         HAS_TURNS=config.has_turns,
+        HOLDS_HALF=config.holds_half and chunks(q.shape[3])[0] >= 32,  # products take 16 columns at least
         REGISTERS=(*of_roles, of_roles[-1]),  # the warp that finds rows is of the producer's warpgroup
         num_warps=4,
         maxnreg=registers,

@@ -417,8 +417,8 @@ def _override_hopper(default: HopperConfig, wanted: Any, tile: tuple[int, int], 
         config = wanted if isinstance(wanted, HopperConfig) else replace(default, **wanted)
     except TypeError:
         raise UnsupportedError(
-            f"config['forward'] = {wanted} should name BLOCK_Q, BLOCK_KV, num_stages, has_turns or is_persistent of "
-            "the Gluon forward"
+            f"config['forward'] = {wanted} should name BLOCK_Q, BLOCK_KV, num_stages, has_turns, is_persistent or "
+            "holds_half of the Gluon forward"
         ) from None
     if config.BLOCK_Q not in (64, 128, 192) or config.BLOCK_KV not in (64, 128) or config.num_stages < 1:
         raise UnsupportedError(
