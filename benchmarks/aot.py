@@ -74,13 +74,15 @@ TARGETS = {
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 KERNELS = ("forward", "dkdv", "dq", "classify", "walk", "order")
-# hopper_backward: with dQ in it, after rows and before dq_of_sum; and its variants.
+# The variants of hopper_backward. hopper_fused and those below: with dQ in it, after rows and before dq_of_sum.
 HOPPER_BACKWARDS: dict[str, dict[str, Any]] = {
     "hopper_dkdv": {"is_fused": False},
     "hopper_lone": {"is_fused": False, "num_consumers": 1},
-    "hopper_backward": {"is_fused": True},
-    "hopper_wide": {"is_fused": True, "BLOCK_Q": 128, "num_stages": 2},  # where nothing is masked or scored
+    "hopper_fused": {"is_fused": True},
+    "hopper_persistent": {"is_fused": True, "is_persistent": True},
+    "hopper_wide": {"is_fused": True, "BLOCK_Q": 128, "num_stages": 2, "is_persistent": True},
 }
+OF_KINDS = {"hopper_persistent": "regular", "hopper_wide": "dense"}  # as plan.kinds_of
 # Only where plan.py has one. hopper_dq: after hopper_dkdv.
 HOPPER_KERNELS = ("hopper_forward", "rows", "dq_of_sum", *HOPPER_BACKWARDS, "hopper_dq")
 TWO = {"BLOCK_Q": 128, "BLOCK_KV": 128, "num_stages": 2, "has_turns": True}
@@ -93,7 +95,7 @@ HOPPER_VARIANTS: tuple[tuple[int, tuple[tuple[str, Any], ...]], ...] = (
 )
 # Bytes. dK and dV of head dim 128 take 128 registers a thread: of what is left, masked and scored steps keep some
 # addresses in memory, which they read once a step. A late dQ keeps where it belongs, too.
-SPILL_LIMITS = dict.fromkeys(HOPPER_BACKWARDS, 128) | {"hopper_backward": 136}
+SPILL_LIMITS = dict.fromkeys(HOPPER_BACKWARDS, 128) | {"hopper_fused": 136, "hopper_persistent": 136}
 
 
 @dataclass(frozen=True)
@@ -217,7 +219,7 @@ def compile_job(job: Job) -> list[Row]:
             gluon_plan = choose(problem, mods, tile, arch=job.arch, backend="gluon", config=config)
             launch.forward(q, k, v, mods, bindings, blocks, gluon_plan, 0.125)
             for name, wanted in HOPPER_BACKWARDS.items():
-                if name == "hopper_wide" and "dense" not in kinds_of(mods):
+                if OF_KINDS.get(name, "any") not in {*kinds_of(mods), "any"}:
                     continue
                 hopper_config = {"dkdv": wanted}
                 hopper_plans[name] = choose(problem, mods, tile, arch=job.arch, backend="gluon", config=hopper_config)
@@ -249,8 +251,7 @@ class Recorder:
     def __init__(self) -> None:
         kernels = vars(launch) | vars(map_launch) | vars(hopper_launch)
         self.kernels = {name: kernels[f"{name}_kernel"] for name in KERNELS}
-        # the others are variants of hopper_backward
-        names = [name for name in HOPPER_KERNELS if name not in HOPPER_BACKWARDS or name == "hopper_backward"]
+        names = [name for name in HOPPER_KERNELS if name not in HOPPER_BACKWARDS] + ["hopper_backward"]
         self.kernels |= {name: kernels[f"{name}_kernel"] for name in names}
         self.calls: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {}
 

@@ -18,17 +18,19 @@ from tests.test_zoo import run
 IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not IS_HOPPER, reason="needs a Hopper GPU")]
 # the Hopper backward, with dQ in it and without: the fast mode and the deterministic one; the latter with one consumer;
-# and the first with 128 queries a step, for head dims up to 64
+# the first also persistent, and with 128 queries a step, for head dims up to 64
 FUSED, APART = ({"dkdv": {"is_fused": is_fused}} for is_fused in (True, False))
 LONE = {"dkdv": {"is_fused": False, "num_consumers": 1}}
+PERSISTENT = {"dkdv": FUSED["dkdv"] | {"is_persistent": True}}
 WIDE = {"dkdv": {"is_fused": True, "BLOCK_Q": 128, "num_stages": 2}}
-BACKWARDS = (FUSED, APART, LONE)
+WIDE_PERSISTENT = {"dkdv": WIDE["dkdv"] | {"is_persistent": True}}
+BACKWARDS = (FUSED, APART, LONE, PERSISTENT)
 
 
 @pytest.mark.parametrize("D, Dv", [(8, 8), (16, 40), (48, 32), (72, 72), (96, 96), (112, 80), (160, 160)], ids=str)
 def test_head_dims_on_hopper(D: int, Dv: int) -> None:
     for mask in (None, causal()):
-        for config in (FUSED, APART, LONE) if max(D, Dv) <= 128 else (None,):
+        for config in BACKWARDS if max(D, Dv) <= 128 else (None,):
             run("gluon", mask, None, (2, 4, 2, 300, 270, D, Dv), torch.bfloat16, "cuda", 128, config=config)
 
 
@@ -145,26 +147,37 @@ def test_score_function_on_hopper(i: int, name: str) -> None:
     sizes = (2, 4, 2, 200, 170, 128, 64)
     score_mod = SCORES[name](Sizes(2, 4, 200, 170, "cuda"))
     for j, mask in enumerate((None, causal())):
-        config = BACKWARDS[(i + j) % 3]
+        config = BACKWARDS[(i + j) % 4]
         run("gluon", mask, score_mod, sizes, torch.bfloat16, "cuda", 128, config=config)
 
 
 @pytest.mark.parametrize("D, Dv", [(64, 64), (64, 128), (128, 64), (128, 128)])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 1)], ids=str)
 def test_sizes_on_hopper(heads: tuple[int, int], D: int, Dv: int) -> None:
-    configs = (*BACKWARDS, WIDE)[: 4 if max(D, Dv) <= 64 else 3]
+    configs = (*BACKWARDS, WIDE, WIDE_PERSISTENT)[: 6 if max(D, Dv) <= 64 else 4]
     for i, S in enumerate(((1, 1), (7, 200), (128, 128), (127, 129), (700, 1500), (1500, 700))):
         for j, mask in enumerate((None, sliding_window(300, 20))):
             config = configs[(i + j) % len(configs)]
             run("gluon", mask, None, (2, *heads, *S, D, Dv), torch.bfloat16, "cuda", 128, config=config)
 
 
-@pytest.mark.parametrize("config", [FUSED, LONE, APART], ids=["fused", "lone", "apart"])
+@pytest.mark.parametrize("config", BACKWARDS, ids=["fused", "apart", "lone", "persistent"])
 @pytest.mark.parametrize("tile", [16, 64, 256])
 def test_map_tiles_on_hopper(tile: int, config: Any) -> None:
     ids = torch.randint(0, 3, (1000,), device="cuda").sort().values
     sizes = (1, 2, 2, 1000, 900, 128, 128)
     run("gluon", causal() & document(ids), None, sizes, torch.bfloat16, "cuda", tile, config=config)
+
+
+@pytest.mark.parametrize("heads", [(16, 16), (16, 4)], ids=str)
+@pytest.mark.parametrize("D, Dv", [(64, 64), (128, 128), (96, 40), (72, 112)], ids=str)
+def test_persistent_backward_of_many_rows(D: int, Dv: int, heads: tuple[int, int]) -> None:
+    """Each program works on several tiles of keys, some of which no query sees."""
+    for config in (PERSISTENT, WIDE_PERSISTENT) if max(D, Dv) <= 64 else (PERSISTENT,):
+        for i, name in enumerate(("", "causal_offset_per_batch", "documents_unsorted_padded", "window_per_head")):
+            S = (600, 500) if i % 2 else (512, 640)
+            mask = MASKS[name](Sizes(8, heads[0], *S, "cuda")) if name else None
+            run("gluon", mask, None, (8, *heads, *S, D, Dv), torch.bfloat16, "cuda", 64, config=config)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +204,7 @@ def test_keys_past_the_end_do_not_reach_dq() -> None:
     for mask in (None, causal()):
         *results, expected = (
             torch.autograd.grad(attention(q, k, v, mask=mask, config=config), (q, k, v), dout)
-            for config in (FUSED, LONE, APART, None)
+            for config in (*BACKWARDS, None)
         )
         for result in results:
             assert all(relative_error(a, b) < 2e-2 for a, b in zip(result, expected, strict=True))
@@ -217,7 +230,7 @@ def test_the_hopper_backward_run_to_run() -> None:
     for D in (64, 128):
         q, k, v, dout, _ = inputs(2, 8, 4, 2048, 2048, D, D, torch.bfloat16, "cuda")
         for mask in (None, causal()):
-            for config, deterministic in ((APART, True), (LONE, True), (FUSED, False)):
+            for config, deterministic in ((APART, True), (LONE, True), (FUSED, False), (PERSISTENT, False)):
                 first: tuple[Tensor, ...] | None = None
                 for _ in range(10):
                     out = attention(q, k, v, mask=mask, config=config, deterministic=deterministic)

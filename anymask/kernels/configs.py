@@ -24,7 +24,6 @@ class HopperConfig:
 
     has_turns: consumers issue their products in turns, so that one's softmax overlaps the others' products.
     is_persistent: a program for each multiprocessor, which takes one tile of queries after the other.
-    holds_half: half the columns of Q's first chunk (plan.chunks) stay in registers: less is read of shared memory.
     """
 
     BLOCK_Q: int
@@ -32,7 +31,6 @@ class HopperConfig:
     num_stages: int
     has_turns: bool
     is_persistent: bool = False
-    holds_half: bool = False
 
     @property
     def num_consumers(self) -> int:
@@ -46,7 +44,6 @@ class HopperConfig:
 
     def __str__(self) -> str:
         ways = ", in turns" * self.has_turns + ", persistent" * self.is_persistent
-        ways += ", half of Q held" * self.holds_half
         return f"{self.BLOCK_Q}x{self.BLOCK_KV}, {_warpgroups(self)}{ways}, {self.num_stages} stages"
 
 
@@ -59,6 +56,7 @@ class HopperBackwardConfig:
     head dim 128 alone. Else each has both, of 64 keys of its own.
     num_consumers: 2, or, not fused, 1, of which a multiprocessor runs two programs at a time where they fit.
     BLOCK_Q: queries of a step, 64, or 128 where it is fused and head dims are up to 64.
+    is_persistent: where it is fused: a program for each multiprocessor, which takes one tile of keys after the other.
     """
 
     num_stages: int
@@ -66,6 +64,7 @@ class HopperBackwardConfig:
     is_split: bool = False
     num_consumers: int = 2
     BLOCK_Q: int = 64
+    is_persistent: bool = False
 
     @property
     def BLOCK_KV(self) -> int:
@@ -73,7 +72,8 @@ class HopperBackwardConfig:
 
     def __str__(self) -> str:
         ways = " and dq" * self.is_fused + f" in Gluon, {_warpgroups(self)}"
-        return f"{self.BLOCK_Q}x{self.BLOCK_KV}{ways}{', of dk and dv' * self.is_split}, {self.num_stages} stages"
+        ways += ", of dk and dv" * self.is_split + ", persistent" * self.is_persistent
+        return f"{self.BLOCK_Q}x{self.BLOCK_KV}{ways}, {self.num_stages} stages"
 
 
 @dataclass(frozen=True)
@@ -240,9 +240,9 @@ HOPPER_ROWS = (
     HopperRow(128, HopperConfig(128, 128, 2, True, True)),
     # S 8192, causal, portable kernel: 192/128 628, 331 (192/192); 256 606, 489. 160 not measured
     HopperRow(160, HopperConfig(128, 128, 2, True)),
-    HopperRow(192, HopperConfig(128, 128, 2, True, holds_half=True), max_Dv=128),
+    HopperRow(192, HopperConfig(128, 128, 2, True), max_Dv=128),
     HopperRow(192, HopperConfig(128, 64, 3, True)),
-    HopperRow(256, HopperConfig(128, 64, 2, True, holds_half=True)),
+    HopperRow(256, HopperConfig(128, 64, 2, True)),
 )
 
 
@@ -288,8 +288,13 @@ LONE = HopperBackwardConfig(2, is_fused=False, num_consumers=1)
 
 # H200, bf16, 16,384 tokens in all, 2026-11-22. TFLOP/s, no mask / causal, all kernels of a backward; the portable ones.
 HOPPER_BACKWARD_ROWS = (
-    # S 8192 491, 1024 375; 64 queries a step 461, 357; the portable one 368, 345
-    HopperBackwardRow(64, 64, HopperBackwardConfig(2, is_fused=True, BLOCK_Q=128), 1024, only="dense"),
+    # S 8192 491, 1024 375; 64 queries a step 461, 357; the portable one 368, 345. Persistent, not (2026-11-23): 475, 477;
+    # 2048 417, 399; 1024 379, 364; 512 302, 275, the portable one 262
+    HopperBackwardRow(
+        64, 64, HopperBackwardConfig(2, is_fused=True, BLOCK_Q=128, is_persistent=True), 512, only="dense"
+    ),
+    # persistent, not (2026-11-23): causal S 8192 449, 437; 4096 397, 376; 1024 283, 254; 512 186, the portable one 159
+    HopperBackwardRow(64, 64, HopperBackwardConfig(3, is_fused=True, is_persistent=True), 512, only="regular"),
     # causal S 8192 461, 1024 267, 512 177; 128 queries a step 455, 272; the portable one 359, 249, 174
     HopperBackwardRow(64, 64, HopperBackwardConfig(3, is_fused=True), 1024),
     # causal S 8192 375, 1024 239; the portable one 346, 246
@@ -297,11 +302,17 @@ HOPPER_BACKWARD_ROWS = (
     # D 48, S 8192, dq in its step: - / 290; - / 265. D 32 278 / 269; 281 / 267. D 16 156 / 158; 186 / 157
     HopperBackwardRow(40, 64, HopperBackwardConfig(3, is_fused=True), 2048),
     HopperBackwardRow(40, 96, LONE, only="segmented", max_Skv=32768),
+    # D 72 and 96 persistent, not (2026-11-23): causal 8192 373, 358; 460, 457
+    HopperBackwardRow(40, 96, HopperBackwardConfig(2, is_fused=True, is_persistent=True), only="regular"),
     # S 8192, causal, D 72 and 96, 389 and 492, apart 350 and 431
     HopperBackwardRow(40, 96, HopperBackwardConfig(2, is_fused=True)),
     HopperBackwardRow(40, 96, HopperBackwardConfig(2, is_fused=False)),
     # 32k tokens in 256 documents 120, fused 93; 16k in 14 359, 361
     HopperBackwardRow(40, 128, LONE, only="segmented", max_Skv=32768),
+    # persistent, not (2026-11-23): S 8192 573 / 551, 556 / 550; 2048 - / 418, - / 402; 1024 425 / 313, 392 / 309; 512 330 /
+    # 206, 312 / 198. Not where a mask reads tensors: mode 1 16k 493, 527, documents 65k 517, 527; nor with scores: ALiBi
+    # 518, 520
+    HopperBackwardRow(40, 128, HopperBackwardConfig(2, is_fused=True, is_persistent=True), only="regular"),
     # S 16384 582 / -, 8192 572 / 577, 1024 - / 338; dq in its step 552 / -, 547 / 531, - / 328; three stages 586 / -,
     # 572 / 514
     HopperBackwardRow(40, 128, HopperBackwardConfig(2, is_fused=True)),

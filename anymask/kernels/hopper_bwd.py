@@ -11,6 +11,8 @@ work on 64 keys.
 docs/notes/006-hopper-backward.md has why; hopper_rows.py what comes before and after.
 """
 
+import math
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -28,6 +30,7 @@ from anymask.kernels.hopper_pipeline import (
     Exchange,
     Handover,
     Ring,
+    RowQueue,
     begin_load,
     begin_store,
     meet,
@@ -38,7 +41,7 @@ from anymask.kernels.hopper_pipeline import (
     wait_turn,
     write_number,
 )
-from anymask.kernels.hopper_walk import Counting, Walking
+from anymask.kernels.hopper_walk import WANTED_AHEAD, Counting, Walking, draw_rows
 from anymask.kernels.record import record
 from anymask.kernels.tile import hidden, log2_probability, map_of, ranked_row, work_of
 
@@ -57,6 +60,7 @@ class Call:
     dq: gl.tuple | gl.constexpr
     dk: gl.tuple
     dv: gl.tuple
+    counter: gl.tensor | gl.constexpr
     walk: gl.tuple | gl.constexpr
     num_words: gl.tensor | gl.constexpr
     map_strides: gl.tuple
@@ -84,7 +88,7 @@ class Call:
 
 @record
 class Work:
-    """A tile of keys of one head: the row of the transposed map, and its first key."""
+    """A tile of keys of one head: the row of the transposed map, and its first key. b < 0: there is none."""
 
     b: gl.tensor
     h_kv: gl.tensor
@@ -92,16 +96,39 @@ class Work:
     kv_start: gl.tensor
 
 
+NUM_FIELDS = gl.constexpr(4)
+
+
 @gluon.jit
-def work_of_program(call):
-    """Where query heads have maps of their own, the first one's order holds for all that share keys."""
+def work_fields(call, number):
+    """Of the work with this number, in the order of Work's.
+
+    Where query heads have maps of their own, the first one's order holds for all that share keys.
+    """
     head, rank, part = work_of(
-        gl.program_id(0), call.num_rows, call.num_heads, call.heads_together, call.TILE_KV, call.BLOCK_KV
+        number, call.num_rows, call.num_heads, call.heads_together, call.TILE_KV, call.BLOCK_KV
     )
     b = head // call.Hkv
     h_kv = head % call.Hkv
     row = ranked_row(call.walk, map_of(call.map_strides, b, h_kv * call.G) * call.num_rows, rank)
-    return Work(b, h_kv, row, row * call.TILE_KV + part * call.BLOCK_KV)
+    return b, h_kv, row, row * call.TILE_KV + part * call.BLOCK_KV
+
+
+@gluon.jit
+def taken_work(call, shared, n, NUM_WARPS: gl.constexpr):
+    """The n-th work of this program, for a role of so many warps."""
+    if call.counter is None:
+        fields = work_fields(call, gl.program_id(0))
+    else:
+        fields = shared.works.take(n, NUM_WARPS)
+    return Work(fields[0], fields[1], fields[2], fields[3])
+
+
+@gluon.jit
+def find_works(call, shared):
+    """Role of one warp of a persistent program: see draw_rows."""
+    num_works = call.num_rows * (call.TILE_KV // call.BLOCK_KV) * call.num_heads
+    draw_rows(shared.works, call, num_works, work_fields)
 
 
 @record
@@ -140,18 +167,20 @@ def visit_of(call, work, g):
 class Shared:
     """What lies in shared memory. In k and v a stage is the keys of a consumer.
 
+    works: that a persistent program works on, else None.
     tiles: which BLOCK_Q queries each stage of q has.  rows: their lse and -delta, one after the other.
     ds: dS^T of the consumers, of the last steps.  dq: of each chunk half of dQ, of each consumer. Both are None, and
     exchange, where dQ is not computed here.  p: P^T * dT/dS, where one consumer has dv and the other dk, else None.
     """
 
+    works: RowQueue | gl.constexpr
     q: Ring
     dout: Ring
     k: Ring
     v: Ring
     tiles: gl.shared_memory_descriptor  # [STAGES, 1] int32
     rows: gl.shared_memory_descriptor  # [STAGES, 1, 1, 2, BLOCK_Q] f32
-    ds: gl.shared_memory_descriptor | gl.constexpr  # [STEPS * NUM_CONSUMERS, ROWS, BLOCK_Q]
+    ds: gl.shared_memory_descriptor | gl.constexpr  # [NUM_CONSUMERS * STEPS, ROWS, BLOCK_Q]
     dq: gl.tuple | gl.constexpr  # [NUM_CONSUMERS, 1, 1, ROWS, columns of a half] f32
     p: Handover | gl.constexpr
     exchange: Exchange | gl.constexpr  # of ds
@@ -162,14 +191,42 @@ class Shared:
 
 @gluon.jit
 def load_tiles(call, shared):
-    """Role of one warp: load what the consumers read. The walk is a step ahead of the loads."""
-    work = work_of_program(call)
-    for part in gl.static_range(call.BLOCK_KV // ROWS):
-        shared.k.load(part, call.k, work.b, work.h_kv, work.kv_start + part * ROWS)
-        shared.v.load(part, call.v, work.b, work.h_kv, work.kv_start + part * ROWS)
-    i = 0
+    """Role of one warp: load what the consumers read."""
+    n = gl.to_tensor(0)
+    i = gl.to_tensor(0)
+    work = taken_work(call, shared, n, 1)
+    if call.counter is None:
+        load_keys(call, shared, work, n)
+        load_queries(call, shared, work, n, i)
+    else:
+        while work.b >= 0:
+            i = load_queries(call, shared, work, n, i)
+            n += 1
+            work = taken_work(call, shared, n, 1)
+
+
+@gluon.jit
+def load_keys(call, shared, work, n):
+    """K and V of work number n of this program."""
+    PARTS: gl.constexpr = call.BLOCK_KV // ROWS
+    for part in gl.static_range(PARTS):
+        shared.k.load(n * PARTS + part, call.k, work.b, work.h_kv, work.kv_start + part * ROWS)
+        shared.v.load(n * PARTS + part, call.v, work.b, work.h_kv, work.kv_start + part * ROWS)
+
+
+@gluon.jit
+def load_queries(call, shared, work, n, i):
+    """Q, dO, lse and delta of the steps of work number n, the first of which is step i; the i after them.
+
+    The walk is a step ahead of the loads. In a persistent program K and V come after the first step's loads, which need
+    not wait until the work before has its gradients; and the next work is wanted when WANTED_AHEAD loads are left.
+    """
+    first = i
     for g in range(call.G):
         visit = visit_of(call, work, g)
+        wanted = i + visit.num_masked + visit.num_full - WANTED_AHEAD
+        if call.counter is not None and g == call.G - 1 and wanted < i:
+            shared.works.want()
         for IS_FULL in gl.static_range(2):
             if IS_FULL:
                 tiles = visit.full
@@ -181,6 +238,8 @@ def load_tiles(call, shared):
                 q_start = tiles.start(step)
                 tiles = tiles.after(step)
                 shared.q.wait_empty(i)
+                if call.counter is not None and g == call.G - 1 and i == wanted:
+                    shared.works.want()
                 full = shared.q.begin(i, bytes_of(call.q) + call.rows.block_type.nbytes)
                 stage = i % shared.q.STAGES
                 # so consumers need no walk; the barrier of dout, whose load begins after this, tells them of it
@@ -188,7 +247,12 @@ def load_tiles(call, shared):
                 begin_load(call.rows, [work.b, visit.h, 0, q_start], full, shared.rows.index(stage))
                 shared.q.fill(i, call.q, work.b, visit.h, q_start, full)
                 shared.dout.load(i, call.dout, work.b, visit.h, q_start)
+                if call.counter is not None and i == first:
+                    load_keys(call, shared, work, n)
                 i += 1
+    if call.counter is not None and i == first:
+        load_keys(call, shared, work, n)
+    return i
 
 
 # --- a consumer ---
@@ -264,20 +328,20 @@ def half_products(call, shared, i, zero, WARPGROUP: gl.constexpr):
     """A consumer's half of dQ = dS K of step i, issued: half the queries of each chunk, or half the columns where there
     are ROWS queries    of each chunk [ROWS, columns of a half] f32
     """
-    first_ds = i % steps_of_ds(call.BLOCK_Q) * call.NUM_CONSUMERS
+    step = i % steps_of_ds(call.BLOCK_Q)
     issued = ()
     for c in gl.static_range(len(shared.dq)):
-        issued += (half_product(call, shared, first_ds, zero, c, WARPGROUP),)
+        issued += (half_product(call, shared, step, zero, c, WARPGROUP),)
     return issued
 
 
 @gluon.jit
-def half_product(call, shared, first_ds, zero, C: gl.constexpr, WARPGROUP: gl.constexpr):
+def half_product(call, shared, step, zero, C: gl.constexpr, WARPGROUP: gl.constexpr):
     """Of chunk C."""
     COLUMNS: gl.constexpr = shared.dq[C].shape[4]
     dq = accumulator(ROWS, COLUMNS)
     for consumer in gl.static_range(call.NUM_CONSUMERS):
-        ds = shared.ds.index(first_ds + consumer)
+        ds = shared.ds.index(consumer * steps_of_ds(call.BLOCK_Q) + step)
         k = shared.k.tile(consumer + zero, C, zero)
         if call.BLOCK_Q > ROWS:
             ds = ds.slice(WARPGROUP * ROWS, ROWS, 1)
@@ -290,7 +354,8 @@ def half_product(call, shared, first_ds, zero, C: gl.constexpr, WARPGROUP: gl.co
 @gluon.jit
 def give_ds(ds, call, shared, i, WARPGROUP: gl.constexpr):
     """dS^T of step i is where the other consumer reads it."""
-    shared.ds.index(i % steps_of_ds(call.BLOCK_Q) * call.NUM_CONSUMERS + WARPGROUP).store(ds)
+    STEPS: gl.constexpr = steps_of_ds(call.BLOCK_Q)
+    shared.ds.index(WARPGROUP * STEPS + i % STEPS).store(ds)
     fence_async_shared()
     shared.exchange.give(i, WARPGROUP)
 
@@ -462,7 +527,7 @@ def key_step(i, dk, call, shared):
 def differentiate_values(call, shared):
     """Role of a warpgroup: dv of ROWS keys, summed over the query heads that read them."""
     MAY_HIDE: gl.constexpr = call.MASK is not None or not call.IS_EVEN_KV
-    work = work_of_program(call)
+    work = taken_work(call, shared, 0, 4)
     dv = accumulators(call.dv)
     shared.k.wait(0)
     i = 0
@@ -483,7 +548,7 @@ def differentiate_values(call, shared):
 @gluon.jit
 def differentiate_keys(call, shared):
     """Role of a warpgroup: dk of the same keys."""
-    work = work_of_program(call)
+    work = taken_work(call, shared, 0, 4)
     dk = accumulators(call.dk)
     shared.v.wait(0)
     i = 0
@@ -511,23 +576,43 @@ def store_chunks(tensor, acc, factor, ring, b, h, start, WARPGROUP: gl.constexpr
 
 @gluon.jit
 def differentiate(call, shared, WARPGROUP: gl.constexpr):
-    """Role of a warpgroup: dk and dv of ROWS keys, summed over the query heads that read them."""
-    MAY_HIDE: gl.constexpr = call.MASK is not None or not call.IS_EVEN_KV
-    work = work_of_program(call)
-    dk = accumulators(call.dk)
-    dv = accumulators(call.dv)
-    for consumer in gl.static_range(call.NUM_CONSUMERS):
-        shared.k.wait(consumer)
-    shared.v.wait(WARPGROUP)
-    IS_LATE: gl.constexpr = is_late(call.BLOCK_Q)
+    """Role of a warpgroup: dk and dv of ROWS keys, summed over the query heads that read them, of each work of a
+    persistent program.
+    """
+    n = gl.to_tensor(0)
     i = gl.to_tensor(0)
-    last = (work.h_kv * call.G, call.Sq)  # dQ of the step before step 0 is anything: it is added nowhere
-    if shared.dq is not None and IS_LATE:
-        shared.exchange.give(1, WARPGROUP)  # as step -1
+    work = taken_work(call, shared, n, 4)
     if call.HAS_TURNS and WARPGROUP == call.NUM_CONSUMERS - 1:
         pass_turn(WARPGROUP, call.NUM_CONSUMERS)
+    if call.counter is None:
+        differentiate_work(call, shared, work, n, i, WARPGROUP)
+    else:
+        while work.b >= 0:
+            i = differentiate_work(call, shared, work, n, i, WARPGROUP)
+            n += 1
+            work = taken_work(call, shared, n, 4)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def differentiate_work(call, shared, work, n, i, WARPGROUP: gl.constexpr):
+    """Work number n of this program, whose first step is step i; the step after its last."""
+    MAY_HIDE: gl.constexpr = call.MASK is not None or not call.IS_EVEN_KV
+    dk = accumulators(call.dk)
+    dv = accumulators(call.dv)
+    visit = visit_of(call, work, 0)  # its numbers come while K does
+    for consumer in gl.static_range(call.NUM_CONSUMERS):
+        shared.k.wait(n * call.NUM_CONSUMERS + consumer)
+    shared.v.wait(n * call.NUM_CONSUMERS + WARPGROUP)
+    IS_LATE: gl.constexpr = is_late(call.BLOCK_Q)
+    last = (work.h_kv * call.G, call.Sq)  # dQ of the step before the first is anything: it is added nowhere
+    if shared.dq is not None and IS_LATE:
+        shared.exchange.give(i + 1, WARPGROUP)  # as step i - 1
+    if call.counter is not None:
+        tma.store_wait(0)  # the gradients of the work before have left their places
     for g in range(call.G):
-        visit = visit_of(call, work, g)
+        if call.G > 1:
+            visit = visit_of(call, work, g)
         if MAY_HIDE:
             for _ in range(visit.num_masked):
                 last, dk, dv = gradient_step(i, last, dk, dv, call, work, visit.h, shared, True, WARPGROUP)
@@ -537,6 +622,8 @@ def differentiate(call, shared, WARPGROUP: gl.constexpr):
             i += 1
     if call.HAS_TURNS and WARPGROUP == 0:
         wait_turn(WARPGROUP)  # the turn that was passed on last
+    if call.counter is not None:
+        shared.v.release(n * call.NUM_CONSUMERS + WARPGROUP)
     if shared.dq is not None:
         tma.store_wait(0)
         if IS_LATE:
@@ -544,13 +631,66 @@ def differentiate(call, shared, WARPGROUP: gl.constexpr):
             shared.exchange.take(i + 1, WARPGROUP)
             dq = finished(half_products(call, shared, i + 2, zero, WARPGROUP), 0)
             add_half(dq, call, work, last, shared, zero, WARPGROUP)
-            tma.store_wait(0)
-        meet()  # the other has read K for its last dQ
-    # in the place of K and V
     kv_start = work.kv_start + WARPGROUP * ROWS
-    store_chunks(call.dk, dk, call.scale, shared.k, work.b, work.h_kv, kv_start, WARPGROUP)
-    store_chunks(call.dv, dv, 1.0, shared.v, work.b, work.h_kv, kv_start, WARPGROUP)
-    tma.store_wait(0)
+    if call.counter is not None:
+        for consumer in gl.static_range(call.NUM_CONSUMERS):
+            shared.k.release(n * call.NUM_CONSUMERS + consumer)
+        meet()  # the other has read dS^T for its last dQ
+        store_aside(call, shared, dk, dv, work, kv_start, i >> 30, WARPGROUP)
+    else:
+        if shared.dq is not None:
+            tma.store_wait(0)
+            meet()  # the other has read K for its last dQ
+        # in the place of K and V
+        store_chunks(call.dk, dk, call.scale, shared.k, work.b, work.h_kv, kv_start, WARPGROUP)
+        store_chunks(call.dv, dv, 1.0, shared.v, work.b, work.h_kv, kv_start, WARPGROUP)
+    return i
+
+
+@gluon.jit
+def store_aside(call, shared, dk, dv, work, kv_start, zero, WARPGROUP: gl.constexpr):
+    """As store_chunks, but by way of this consumer's places for dS^T and dQ: K and V may come meanwhile."""
+    column = 0
+    for c in gl.static_range(len(dv)):
+        # as many blocks of this width lie before it as fit in the columns before it
+        place = own_block(shared.ds, call.dv[c], column // dv[c].shape[1], zero, WARPGROUP)
+        store_chunk(call.dv[c], dv[c], place, work, kv_start, column)
+        column += dv[c].shape[1]
+    tma.store_wait(len(dv))  # what this consumer added to dQ last has been read
+    column = 0
+    for c in gl.static_range(len(dk)):
+        place = own_block(shared.dq[c], call.dk[c], 0, zero, WARPGROUP)
+        store_chunk(call.dk[c], dk[c] * call.scale, place, work, kv_start, column)
+        column += dk[c].shape[1]
+
+
+@gluon.constexpr_function
+def blocks_within(places, tensor):
+    """[so many blocks of the descriptor, *block]"""
+    block = tensor.block_type.shape
+    size = math.prod(places.shape) * places.dtype.primitive_bitwidth
+    return [size // (math.prod(block) * tensor.dtype.primitive_bitwidth), *block]
+
+
+@gluon.jit
+def own_block(places, tensor, number, zero, WARPGROUP: gl.constexpr):
+    """Block `number` of a descriptor in shared memory of which the first half is consumer 0's: counted from its
+    beginning, or for consumer 1 from its end.
+    """
+    SHAPE: gl.constexpr = blocks_within(places, tensor)
+    DTYPE: gl.constexpr = tensor.dtype
+    LAYOUT: gl.constexpr = tensor.layout
+    if WARPGROUP == 1:
+        number = SHAPE[0] - 1 - number
+    return seen_as(places, DTYPE, SHAPE, LAYOUT).index(number + zero)
+
+
+@gluon.jit
+def store_chunk(tensor, x, place, work, kv_start, column):
+    """x is on its way to rows from kv_start on and columns from `column` on."""
+    place.reshape(x.shape).store(x.to(tensor.dtype))
+    fence_async_shared()
+    begin_store(tensor, [work.b, work.h_kv, kv_start, column], place)
 
 
 @gluon.jit(do_not_specialize=["num_words", "num_rows", "num_heads", "heads_together", "Hkv", "Sq", "Skv"])
@@ -570,6 +710,7 @@ def hopper_backward_kernel(
     dk_rest,
     dv,  # [B, Hkv, Skv, DV]
     dv_rest,
+    counter,  # of a persistent kernel, where dq is not None: [2] int32, 0 before and after; or None
     walk,  # (words, rows) of blocks/walk.py, or None: all queries see all keys
     num_words,
     map_strides,  # see map_of
@@ -597,6 +738,8 @@ def hopper_backward_kernel(
 ):
     """dk and dv of one tile of keys, and what it adds to dq. Grid: a program for each tile of each head of keys, in the
     order of work_of.
+
+    A persistent one goes on with further tiles: numbers from the grid's size on, which programs draw from counter.
     """
     BLOCK_KV: gl.constexpr = ROWS if IS_SPLIT else NUM_CONSUMERS * ROWS
     gl.static_assert(FIRST_BARRIER + 2 * STAGES + 4 < LAST_BARRIER)
@@ -612,12 +755,16 @@ def hopper_backward_kernel(
         dq = chunks_of(dq, dq_rest)
         DS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_Q], q[0].dtype)
         STEPS: gl.constexpr = steps_of_ds(BLOCK_Q)
-        staged_ds = gl.allocate_shared_memory(q[0].dtype, [STEPS * NUM_CONSUMERS, ROWS, BLOCK_Q], DS_LAYOUT)
+        staged_ds = gl.allocate_shared_memory(q[0].dtype, [NUM_CONSUMERS * STEPS, ROWS, BLOCK_Q], DS_LAYOUT)
         staged_dq = allocate_tiles(dq, NUM_CONSUMERS)
+    works = None
+    if counter is not None:
+        works = RowQueue.create(NUM_FIELDS, NUM_CONSUMERS + 1, True)
     shared = Shared(
+        works,
         Ring.create(q, STAGES, NUM_CONSUMERS, FIRST_BARRIER),
         Ring.create(dout, STAGES, NUM_CONSUMERS, FIRST_BARRIER + STAGES),
-        Ring.create(k, BLOCK_KV // ROWS, 1),
+        Ring.create(k, BLOCK_KV // ROWS, NUM_CONSUMERS),
         Ring.create(v, BLOCK_KV // ROWS, 1),
         gl.allocate_shared_memory(gl.int32, [STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])),
         gl.allocate_shared_memory(gl.float32, [STAGES, 1, 1, 2, BLOCK_Q], rows.layout),
@@ -636,6 +783,7 @@ def hopper_backward_kernel(
         dq,
         dk,
         dv,
+        counter,
         walk,
         num_words,
         map_strides,
@@ -674,7 +822,7 @@ def hopper_backward_kernel(
         gl.warp_specialize(
             [(differentiate, (call, shared, gl.constexpr(0))), (load_tiles, (call, shared))], [1], REGISTERS
         )
-    else:
+    elif counter is None:
         gl.warp_specialize(
             [
                 (differentiate, (call, shared, gl.constexpr(0))),
@@ -682,5 +830,16 @@ def hopper_backward_kernel(
                 (load_tiles, (call, shared)),
             ],
             [4, 1],
+            REGISTERS,
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (differentiate, (call, shared, gl.constexpr(0))),
+                (differentiate, (call, shared, gl.constexpr(1))),
+                (load_tiles, (call, shared)),
+                (find_works, (call, shared)),
+            ],
+            [4, 1, 1],
             REGISTERS,
         )

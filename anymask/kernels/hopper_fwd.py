@@ -27,15 +27,8 @@ from anymask.kernels.hopper_pipeline import (
     wait_turn,
     write_number,
 )
-from anymask.kernels.hopper_softmax import (
-    OnlineSoftmax,
-    pack_pairs,
-    pairs_of,
-    rescaled,
-    unpack_pairs,
-    written_pairs,
-)
-from anymask.kernels.hopper_walk import Counting, Walking
+from anymask.kernels.hopper_softmax import OnlineSoftmax, pack_pairs, rescaled, unpack_pairs
+from anymask.kernels.hopper_walk import WANTED_AHEAD, Counting, Walking, draw_rows
 from anymask.kernels.record import record
 from anymask.kernels.tile import (
     LN_2,
@@ -82,7 +75,6 @@ class Call:
     TILE_KV: gl.constexpr
     IS_EVEN_KV: gl.constexpr
     HAS_TURNS: gl.constexpr
-    HOLDS_HALF: gl.constexpr
 
 
 @record
@@ -101,7 +93,6 @@ class Row:
 
 
 NUM_FIELDS = gl.constexpr(6)
-WANTED_AHEAD = gl.constexpr(2)
 
 
 @record
@@ -121,26 +112,11 @@ class Rings:
 
 @gluon.jit
 def find_rows(call, rings):
-    """Role of one warp: what the rows are that this program works on, so that nobody waits for the counter or the map.
-
-    A persistent program draws one number after the other. Who counts itself out last sets the counter back: all have
-    drawn their last number by then.
-    """
-    number = gl.program_id(0)
+    """Role of one warp: what the rows are that this program works on, so that nobody waits for the counter or the map."""
     if call.counter is None:
-        rings.rows.put(0, row_of(call, number))
+        rings.rows.put(0, row_of(call, gl.program_id(0)))
     else:
-        num_rows = call.num_rows * (call.TILE_Q // call.BLOCK_Q) * call.num_heads
-        n = gl.to_tensor(0)
-        while number < num_rows:
-            rings.rows.put(n, row_of(call, number))
-            n += 1
-            rings.rows.wait(n)
-            number = gl.num_programs(0) + gl.atomic_add(call.counter, 1)
-        rings.rows.put(n, (-1, 0, 0, 0, 0, 0))
-        if gl.atomic_add(call.counter + 1, 1) == gl.num_programs(0) - 1:
-            gl.store(call.counter, 0)
-            gl.store(call.counter + 1, 0)
+        draw_rows(rings.rows, call, call.num_rows * (call.TILE_Q // call.BLOCK_Q) * call.num_heads, row_of)
 
 
 @gluon.jit
@@ -216,8 +192,7 @@ def walks_of(call, row):
 def load_row(call, rings, row, n, i):
     """Q of row number n of this program, and K and V of its tiles, the first of which is tile i; the i after them.
 
-    The walk is a step ahead of the loads. The next row is wanted when WANTED_AHEAD loads are left: later it would come
-    too late, and sooner the programs would take unequal parts of the work.
+    The walk is a step ahead of the loads. The next row is wanted when WANTED_AHEAD loads are left.
     """
     kv_head = row.h // call.G
     masked, full = walks_of(call, row)
@@ -297,36 +272,14 @@ def start_of_tile(call, rings, i, IS_MASKED: gl.constexpr):
 
 
 @gluon.jit
-def held_half(call, rings, q_load, S_LAYOUT: gl.constexpr):
-    """Half the columns of Q's first chunk, of load q_load, which has come: as pairs in registers, so that no product
-    reads them again.
-    """
-    half = rings.q.tile(q_load, 0).slice(0, call.q[0].block_type.shape[3] // 2, 1)
-    return pairs_of(half.load(gl.DotOperandLayout(0, S_LAYOUT, 2)))
-
-
-@gluon.jit
-def score_product(rings, held, q_load, i, S_LAYOUT: gl.constexpr):
-    """S = Q K(i)^T, issued, a product for each chunk of columns, two where half of it is held [ROWS, BLOCK_KV] f32"""
+def score_product(rings, q_load, i, S_LAYOUT: gl.constexpr):
+    """S = Q K(i)^T, issued, a product for each chunk of columns    [ROWS, BLOCK_KV] f32"""
     BLOCK_KV: gl.constexpr = rings.k.tiles[0].shape[3]
     s = gl.zeros([ROWS, BLOCK_KV], gl.float32, S_LAYOUT)
     for c in gl.static_range(len(rings.k.tiles)):
-        q_tile = rings.q.tile(q_load, c)
-        k_tile = rings.k.tile(i, c)
-        if c == 0 and held is not None:
-            s = halves_product(held, q_tile, k_tile, s, S_LAYOUT)
-        else:
-            s = warpgroup_mma(q_tile, k_tile.permute((1, 0)), s, use_acc=c > 0, is_async=True)
+        k_tile = rings.k.tile(i, c).permute((1, 0))
+        s = warpgroup_mma(rings.q.tile(q_load, c), k_tile, s, use_acc=c > 0, is_async=True)
     return s
-
-
-@gluon.jit
-def halves_product(held, q_tile, k_tile, s, S_LAYOUT: gl.constexpr):
-    """Q K^T, issued, of a chunk whose first half is `held`."""
-    HALF: gl.constexpr = k_tile.shape[1] // 2
-    left = unpack_pairs(held, k_tile.dtype, gl.DotOperandLayout(0, S_LAYOUT, 2))
-    s = warpgroup_mma(left, k_tile.slice(0, HALF, 1).permute((1, 0)), s, use_acc=False, is_async=True)
-    return warpgroup_mma(q_tile.slice(HALF, HALF, 1), k_tile.slice(HALF, HALF, 1).permute((1, 0)), s, is_async=True)
 
 
 @gluon.jit
@@ -356,7 +309,6 @@ def attend_step(
     softmax,
     pairs,
     correction,
-    held,
     q_load,
     call,
     row,
@@ -369,7 +321,7 @@ def attend_step(
     rings.k.wait(i)
     if call.HAS_TURNS:
         wait_turn(WARPGROUP)
-    s = score_product(rings, held, q_load, i, S_LAYOUT)
+    s = score_product(rings, q_load, i, S_LAYOUT)
     acc = output_product(rings, pairs, correction, acc, i - 1)
     if call.HAS_TURNS:
         pass_turn(WARPGROUP, call.NUM_CONSUMERS)
@@ -438,13 +390,12 @@ def attend_row(call, rings, row, n, first, WARPGROUP: gl.constexpr):
     acc = accumulators(call.out)
     softmax = OnlineSoftmax.create(ROWS, call.BLOCK_KV, S_LAYOUT)
     rings.q.wait(q_load)
-    held = held_half(call, rings, q_load, S_LAYOUT) if call.HOLDS_HALF else None
     if num_steps > 0:
         # tile 0: there is no P before it
         rings.k.wait(first)
         if call.HAS_TURNS:
             wait_turn(WARPGROUP)
-        s = score_product(rings, held, q_load, first, S_LAYOUT)
+        s = score_product(rings, q_load, first, S_LAYOUT)
         if call.HAS_TURNS:
             pass_turn(WARPGROUP, call.NUM_CONSUMERS)
         kv_start = start_of_tile(call, rings, first, MAY_HIDE)
@@ -458,16 +409,12 @@ def attend_row(call, rings, row, n, first, WARPGROUP: gl.constexpr):
 
         if MAY_HIDE:
             for step in range(1, num_masked):
-                if held is not None:
-                    held = written_pairs(held, step)
                 acc, softmax, pairs, correction = attend_step(
-                    first + step, acc, softmax, pairs, correction, held, q_load, call, row, rings, True, WARPGROUP
+                    first + step, acc, softmax, pairs, correction, q_load, call, row, rings, True, WARPGROUP
                 )
         for step in range(gl.maximum(num_masked, 1), num_steps):
-            if held is not None:
-                held = written_pairs(held, step)
             acc, softmax, pairs, correction = attend_step(
-                first + step, acc, softmax, pairs, correction, held, q_load, call, row, rings, False, WARPGROUP
+                first + step, acc, softmax, pairs, correction, q_load, call, row, rings, False, WARPGROUP
             )
         if call.counter is not None:
             rings.q.release(q_load)
@@ -535,7 +482,6 @@ def hopper_forward_kernel(
     IS_EVEN_KV: gl.constexpr,  # no tile hangs over the end of the keys
     STAGES: gl.constexpr,
     HAS_TURNS: gl.constexpr,
-    HOLDS_HALF: gl.constexpr,  # of the columns of Q's first chunk, in registers
     REGISTERS: gl.constexpr,  # of the roles but the first
 ):
     """out and lse of one query tile. Grid: a program for each tile of each head, in the order of work_of.
@@ -587,7 +533,6 @@ def hopper_forward_kernel(
         TILE_KV,
         IS_EVEN_KV,
         HAS_TURNS,
-        HOLDS_HALF,
     )
     if NUM_CONSUMERS == 1:
         gl.warp_specialize(

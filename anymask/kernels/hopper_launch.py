@@ -74,7 +74,6 @@ def forward_recipe(
         IS_EVEN_KV=Skv % tile[1] == 0,
         STAGES=config.num_stages,
         HAS_TURNS=config.has_turns,
-        HOLDS_HALF=config.holds_half and chunks(q.shape[3])[0] >= 32,  # products take 16 columns at least
         REGISTERS=(*of_roles, of_roles[-1]),  # the warp that finds rows is of the producer's warpgroup
         num_warps=4,
         maxnreg=registers,
@@ -146,18 +145,23 @@ def backward_recipe(
     score_gradient: Any,
     config: HopperBackwardConfig,
 ) -> Recipe:
-    """For q, k, v, dout, rows, the sum of dQ if config is fused, dk, dv, the walk's tensors, captured ones.
+    """For q, k, v, dout, rows, the sum of dQ if config is fused, dk, dv, a counter if it is persistent, the walk's
+    tensors, captured ones.
 
     Arguments as of forward_recipe; the walk's rows are tiles of keys.
     """
     (_, Hq, Sq, _), (_, Hkv, Skv, _) = q.shape, k.shape
     num_rows, num_heads = walk[3:5]
     registers, of_roles = HOPPER_REGISTERS[config.num_consumers]
+    programs = num_heads * num_rows * tile[1] // config.BLOCK_KV
+    if config.is_persistent:
+        programs = min(programs, _num_multiprocessors(q.device))
+        of_roles = (*of_roles, of_roles[-1])
     column_parts = 2 if config.BLOCK_Q == CONSUMER_ROWS else 1  # consumers share dQ by columns, or else by rows
     return Recipe(
         q.device,
         hopper_backward_kernel,
-        num_heads * num_rows * tile[1] // config.BLOCK_KV,
+        programs,
         *_descriptors(q, config.BLOCK_Q),
         *_descriptors(k, CONSUMER_ROWS),
         *_descriptors(v, CONSUMER_ROWS),
@@ -166,6 +170,7 @@ def backward_recipe(
         *(_descriptors(sum_layout(q), CONSUMER_ROWS, column_parts) if config.is_fused else (None, None)),
         *_descriptors(dk, CONSUMER_ROWS),
         *_descriptors(dv, CONSUMER_ROWS),
+        TENSOR if config.is_persistent else None,
         *walk,
         Hkv,
         Sq,

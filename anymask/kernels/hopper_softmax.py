@@ -112,39 +112,8 @@ def pack_pairs(p, DTYPE: gl.constexpr):
 
 
 @gluon.jit
-def pairs_of(x):
-    """[R, N] 16-bit numbers as [R, N / 2] int32, as of pack_pairs."""
-    low, high = x.to(gl.int16, bitcast=True).reshape([x.shape[0], x.shape[1] // 2, 2]).split()
-    return (low.to(gl.int32) & 0xFFFF) | (high.to(gl.int32) << 16)
-
-
-@gluon.jit
 def unpack_pairs(pairs, DTYPE: gl.constexpr, LAYOUT: gl.constexpr):
     """[R, N] DTYPE of [R, N / 2] pairs, as operand of a product. Takes no instruction."""
     low = pairs.to(gl.int16).to(DTYPE, bitcast=True)
     high = (pairs >> 16).to(gl.int16).to(DTYPE, bitcast=True)
     return gl.convert_layout(gl.join(low, high).reshape([pairs.shape[0], pairs.shape[1] * 2]), LAYOUT)
-
-
-@gluon.constexpr_function
-def write_asm(N):
-    lines = [f"not.b32 ${i}, ${N + i};" for i in range(N)]
-    return "\n".join([f"{{ .reg .pred p; setp.lt.s32 p, ${2 * N}, 0; @!p bra.uni same;", *lines, "same: }"])
-
-
-@gluon.constexpr_function
-def write_constraints(N):
-    return ",".join(["=r"] * N + [str(i) for i in range(N)] + ["r"] * N)
-
-
-@gluon.jit
-def written_pairs(pairs, i):
-    """pairs, but other ones for i < 0, which never is: so a loop writes them, as far as ptxas knows.
-
-    ptxas (12.8 to 13.0) can give the registers of an operand that a loop only reads to other values, and not bring it
-    back for the next step.
-    """
-    N: gl.constexpr = pairs.shape[0] * pairs.shape[1] // 128  # of a thread
-    ASM: gl.constexpr = write_asm(N)
-    CONSTRAINTS: gl.constexpr = write_constraints(N)
-    return gl.inline_asm_elementwise(ASM, CONSTRAINTS, [pairs, i], gl.int32, is_pure=True, pack=N)

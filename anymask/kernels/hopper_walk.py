@@ -1,10 +1,36 @@
-"""How a role of a Hopper kernel walks the tiles of a row: as values that it carries from step to step."""
+"""How a role of a Hopper kernel walks the tiles of a row: as values that it carries from step to step. And how a
+persistent program comes by its rows.
+"""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from anymask.kernels.record import record
 from anymask.kernels.tile import next_tile, open_row, start_of
+
+# So many loads before its row ends, a producer wants the next one found: later it would come too late, and sooner the
+# programs would take unequal parts of the work.
+WANTED_AHEAD = gl.constexpr(2)
+
+
+@gluon.jit
+def draw_rows(queue, call, num_rows, FIELDS_OF: gl.constexpr):
+    """Put the rows that this program works on into the queue: its own number, then one after the other from the counter.
+
+    FIELDS_OF(call, number): a row's fields, the first of which is not negative; after the last row it is.
+    Who counts itself out last sets the counter back: all have drawn their last number by then.
+    """
+    number = gl.program_id(0)
+    n = gl.to_tensor(0)
+    while number < num_rows:
+        queue.put(n, FIELDS_OF(call, number))
+        n += 1
+        queue.wait(n)
+        number = gl.num_programs(0) + gl.atomic_add(call.counter, 1)
+    queue.put(n, (-1, 0, 0, 0, 0, 0))
+    if gl.atomic_add(call.counter + 1, 1) == gl.num_programs(0) - 1:
+        gl.store(call.counter, 0)
+        gl.store(call.counter + 1, 0)
 
 
 @record

@@ -173,7 +173,8 @@ class Prepared(NamedTuple):
         rows = torch.empty_strided(*recipes.of_rows, dtype=torch.float32, device=device)
         sums = () if recipes.of_sum is None else (torch.empty(recipes.of_sum, dtype=torch.float32, device=device),)
         dlses = () if dlse is None else (dlse.contiguous(),)
-        calls = self._hopper_calls(recipes, q, k, v, out, dout, lse, dlses, rows, sums, dq, dk, dv, captures)
+        counters = (counter_of(device),) if recipes.is_persistent else ()
+        calls = self._hopper_calls(recipes, q, k, v, out, dout, lse, dlses, rows, sums, dq, dk, dv, counters, captures)
         if recipes.dkdv.is_new:  # side by side
             for recipe, tensors in calls:
                 recipe.compile_ahead(*tensors)
@@ -196,6 +197,7 @@ class Prepared(NamedTuple):
         dq: Any,
         dk: Any,
         dv: Any,
+        counters: tuple[Any, ...],
         captures: Sequence[Tensor],
     ) -> tuple[tuple[Recipe, tuple[Any, ...]], ...]:
         """Recipes in the order of their launches, with their tensors or the outlines of these."""
@@ -207,7 +209,7 @@ class Prepared(NamedTuple):
             of_dq = (q, k, v, dout, dq, rows, *(lines or ()), *captures)
         return (
             (recipes.rows, (out, dout, lse, *dlses, rows, *sums)),
-            (recipes.dkdv, (q, k, v, dout, rows, *sums, dk, dv, *(columns or ()), *captures)),
+            (recipes.dkdv, (q, k, v, dout, rows, *sums, dk, dv, *counters, *(columns or ()), *captures)),
             (recipes.dq, of_dq),
         )
 
@@ -220,8 +222,9 @@ class Prepared(NamedTuple):
         if isinstance(alike.plan.dkdv, HopperBackwardConfig):
             recipes = _hopper_backward_recipes(alike, strides[:3], strides, of_captures, False)
             sums = () if recipes.of_sum is None else (row,)
+            counters = (Outline(torch.int32),) if recipes.is_persistent else ()
             if recipes.dkdv.is_new:
-                calls = self._hopper_calls(recipes, q, k, v, x, x, row, (), row, sums, x, x, x, captures)
+                calls = self._hopper_calls(recipes, q, k, v, x, x, row, (), row, sums, x, x, x, counters, captures)
                 for recipe, tensors in calls:
                     recipe.compile_ahead(*tensors)
             return
@@ -525,11 +528,12 @@ class HopperRecipes(NamedTuple):
     """What Prepared._hopper_backward starts, and the sizes and strides of what it makes."""
 
     rows: Recipe  # out, dout, lse, dlse if there is one, rows, the sum of dQ if there is one
-    dkdv: Recipe  # q, k, v, dout, rows, that sum, dk, dv, the walk's tensors, captured ones
+    dkdv: Recipe  # q, k, v, dout, rows, that sum, dk, dv, a counter if it is persistent, the walk's tensors, captured ones
     dq: Recipe  # that sum and dq; or as hopper_launch.dq_recipe; or as _dq_recipe without rows
     made: list[tuple[Sizes, Strides]]  # dq, dk, dv
     of_rows: tuple[Sizes, Strides]
     of_sum: Sizes | None
+    is_persistent: bool
 
 
 @functools.lru_cache(maxsize=1024)
@@ -589,7 +593,7 @@ def _hopper_backward_recipes(
         )
         dq = _dq_recipe(alike, strides, made[0].strides, bindings, has_dlse, None, shared)
     of_sum = tuple(q.shape) if config.is_fused else None
-    return HopperRecipes(rows_recipe, dkdv, dq, [x[:2] for x in made], rows[:2], of_sum)
+    return HopperRecipes(rows_recipe, dkdv, dq, [x[:2] for x in made], rows[:2], of_sum, config.is_persistent)
 
 
 def _hopper_dq_recipe(

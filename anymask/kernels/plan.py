@@ -417,8 +417,8 @@ def _override_hopper(default: HopperConfig, wanted: Any, tile: tuple[int, int], 
         config = wanted if isinstance(wanted, HopperConfig) else replace(default, **wanted)
     except TypeError:
         raise UnsupportedError(
-            f"config['forward'] = {wanted} should name BLOCK_Q, BLOCK_KV, num_stages, has_turns, is_persistent or "
-            "holds_half of the Gluon forward"
+            f"config['forward'] = {wanted} should name BLOCK_Q, BLOCK_KV, num_stages, has_turns or is_persistent of "
+            "the Gluon forward"
         ) from None
     if config.BLOCK_Q not in (64, 128, 192) or config.BLOCK_KV not in (64, 128) or config.num_stages < 1:
         raise UnsupportedError(
@@ -478,8 +478,8 @@ def _hopper_backward(
         chosen = wanted if isinstance(wanted, HopperBackwardConfig) else replace(default, **wanted)
     except TypeError:
         raise UnsupportedError(
-            f"config['dkdv'] = {wanted} should name is_fused, is_split, num_consumers, BLOCK_Q and num_stages of the "
-            "Gluon backward"
+            f"config['dkdv'] = {wanted} should name is_fused, is_split, num_consumers, BLOCK_Q, num_stages and "
+            "is_persistent of the Gluon backward"
         ) from None
     if chosen.num_consumers not in (1, 2):
         raise UnsupportedError(f"config['dkdv']: the Gluon backward has 1 or 2 consumers, not {chosen.num_consumers}")
@@ -490,6 +490,8 @@ def _hopper_backward(
             "config['dkdv']: where is_fused, the Gluon backward adds up dq in any order, and deterministic=True was "
             "asked for. Try is_fused=False"
         )
+    if chosen.is_persistent and not chosen.is_fused:
+        raise UnsupportedError("config['dkdv']: the Gluon backward is persistent only where is_fused")
     if chosen.is_split == (max(D, Dv) <= 128):
         raise UnsupportedError(f"config['dkdv']: is_split is for D or Dv above 128, and they are {D} and {Dv}")
     if chosen.is_split and (chosen.is_fused or chosen.num_consumers == 1):

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 
 NEWEST_TRITON = ROOT / ".venv" / "newest"  # where `make` installs it
-# but hopper_backward: Triton 3.9 spills 420 bytes of it, see docs/notes/006-hopper-backward.md
+# but hopper_fused and its variants: Triton 3.9 spills 420 bytes of it, see docs/notes/006-hopper-backward.md
 HOPPER_KERNELS = ("hopper_forward", "rows", "dq_of_sum", "hopper_dkdv", "hopper_lone", "hopper_dq")
 
 

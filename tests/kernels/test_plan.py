@@ -164,6 +164,7 @@ def test_why_says_what_was_chosen() -> None:
         ),
         ({"config": {"dkdv": {"is_fused": False, "num_consumers": 3}}}, "1 or 2 consumers, not 3"),
         ({"config": {"dkdv": {"is_fused": True, "num_consumers": 1}}}, "leaves dq to another kernel"),
+        ({"config": {"dkdv": {"is_fused": False, "is_persistent": True}}}, "persistent only where is_fused"),
         ({"config": {"dkdv": {"is_fused": True, "BLOCK_Q": 128}}}, "BLOCK_Q 64, or 128 where is_fused and D and Dv"),
         ({"D": 64, "config": {"dkdv": {"is_fused": False, "BLOCK_Q": 128}}}, "BLOCK_Q 64, or 128 where is_fused"),
         ({"D": 256, "config": {"dkdv": {"is_fused": False, "num_stages": 3}}}, "would take 281088"),
@@ -313,21 +314,26 @@ def test_dq_has_a_config_of_its_own_where_it_is_apart() -> None:
 
 
 def test_the_faster_backward_is_taken() -> None:
-    def plan(D: int, S: int, Dv: int | None = None, **arguments: Any) -> Plan:
+    def plan(D: int, S: int, Dv: int | None = None, mods: Mods = NONE, **arguments: Any) -> Plan:
         p = Problem(1, 4, 2, S, 4096, D, Dv or D, torch.bfloat16, CPU)
-        return choose(p, NONE, (64, 64), arch="sm_90", **arguments)
+        return choose(p, mods, (64, 64), arch="sm_90", **arguments)
 
+    ragged = Mods(apply(Op.OR, apply(Op.EQ, *IDS), CAUSAL))
     for D, S, Dv in ((128, 100, 128), (72, 100, 128), (64, 2048, 64), (64, 100, 128), (64, 100, 96), (48, 2048, 64)):
         chosen = plan(D, S, Dv)
         assert isinstance(chosen.dkdv, HopperBackwardConfig) and chosen.dkdv.is_fused and chosen.dq is None
         block_q = 128 if D == Dv == 64 else 64
         assert block_q == chosen.dkdv.BLOCK_Q and chosen.why.startswith("gluon on sm_90")
+        assert chosen.dkdv.is_persistent == (D != 48)
+        for other in (plan(D, S, Dv, HEAVY), plan(D, max(S, 1024), Dv, ragged)):
+            assert not (isinstance(other.dkdv, HopperBackwardConfig) and other.dkdv.is_persistent)
     for apart in (plan(128, 100, deterministic=True), plan(192, 100, 128), plan(256, 100, deterministic=True)):
         assert isinstance(apart.dkdv, HopperBackwardConfig) and not apart.dkdv.is_fused
         assert isinstance(apart.dq, HopperDqConfig) and apart.dkdv.is_split == (apart.dkdv.BLOCK_KV == 64)
         assert apart.why.startswith("gluon on sm_90") and f"dq {apart.dq}" in apart.why
     for portable in (
-        plan(64, 1000),
+        plan(64, 511),
+        plan(64, 1000, mods=ragged),
         plan(64, 1000, deterministic=True),
         plan(48, 1000),
         plan(32, 2048),
@@ -335,7 +341,7 @@ def test_the_faster_backward_is_taken() -> None:
         plan(128, 2048, config={"dkdv": {"num_stages": 2}}),
     ):
         assert isinstance(portable.dkdv, Config) and isinstance(portable.dq, Config)
-    assert isinstance(plan(64, 1000, backend="gluon").dkdv, HopperBackwardConfig)
+    assert isinstance(plan(64, 500, backend="gluon").dkdv, HopperBackwardConfig)
 
 
 def test_the_backward_of_documents_has_one_consumer() -> None:
@@ -364,8 +370,8 @@ def test_the_faster_forward_is_taken() -> None:
     assert rows(4096, 64) == [-192, -192, -64, -64, -64]
     assert rows(4096, 64, tile=128) == [-64, -64, -64, -64, -64]  # 192 is no multiple of the map's tile
     assert rows(8192, 128) == [-128, -128, -128, -64, -128]
-    assert rows(32768, 128) == [128, 128, -128, -64, 128]
-    assert rows(65536, 128) == [128, 128, -128, -128, 128]
+    assert rows(32768, 128) == [-128, -128, -128, -64, -128]
+    assert rows(65536, 128) == [-128, -128, -128, -128, -128]
     assert rows(8192, 192) == [128, 128, 128, 128, 128]
     assert rows(8192, 128, Sq=64) == [64] * 5
 
