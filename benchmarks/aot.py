@@ -94,8 +94,13 @@ HOPPER_VARIANTS: tuple[tuple[int, tuple[tuple[str, Any], ...]], ...] = (
     *((D, ()) for D in (16, 48, 72, 96, 112, 160, 192)),
 )
 # Bytes. dK and dV of head dim 128 take 128 registers a thread: of what is left, masked and scored steps keep some
-# addresses in memory, which they read once a step. A late dQ keeps where it belongs, too.
-SPILL_LIMITS = dict.fromkeys(HOPPER_BACKWARDS, 128) | {"hopper_fused": 136, "hopper_persistent": 136}
+# addresses in memory, which they read once a step. A late dQ keeps where it belongs, too, and a persistent program what
+# it works on.
+SPILL_LIMITS = dict.fromkeys(HOPPER_BACKWARDS, 128) | {
+    "hopper_fused": 136,
+    "hopper_persistent": 136,
+    "hopper_wide": 140,
+}
 
 
 @dataclass(frozen=True)
@@ -184,6 +189,8 @@ def sample_jobs() -> Iterator[Job]:
     persistent = HOPPER_VARIANTS[0][1]
     yield Job("documents_causal", "", "bf16", 128, 128, "sm_90", kernels=("hopper_forward",), hopper=persistent)
     yield Job("causal_top_left", "capped", "bf16", 128, 128, "sm_90", kernels=tuple(HOPPER_BACKWARDS))
+    yield Job("window", "", "bf16", 128, 128, "sm_90", kernels=("hopper_persistent",))
+    yield Job("everything", "", "bf16", 64, 64, "sm_90", kernels=("hopper_persistent", "hopper_wide"))
     yield Job("documents_causal", "", "bf16", 192, 128, "sm_90", kernels=("hopper_forward", "hopper_dkdv", "hopper_dq"))
     yield Job("block_diffusion", "capped_and_biased", "f16", 64, 64, "sm_80", Sq=1000)
     yield Job("bit_table", "", "bf16", 256, 256, "sm_90", kernels=("forward", "dkdv"))

@@ -288,12 +288,12 @@ LONE = HopperBackwardConfig(2, is_fused=False, num_consumers=1)
 
 # H200, bf16, 16,384 tokens in all, 2026-11-22. TFLOP/s, no mask / causal, all kernels of a backward; the portable ones.
 HOPPER_BACKWARD_ROWS = (
-    # S 8192 491, 1024 375; 64 queries a step 461, 357; the portable one 368, 345. Persistent, not (2026-11-23): 475, 477;
-    # 2048 417, 399; 1024 379, 364; 512 302, 275, the portable one 262
+    # S 8192 491, 1024 375; 64 queries a step 461, 357; the portable one 368, 345. Persistent, and not, 2026-11-23: 475,
+    # 477; 2048 417, 399; 1024 379, 364; 512 302, 275, the portable one 262
     HopperBackwardRow(
         64, 64, HopperBackwardConfig(2, is_fused=True, BLOCK_Q=128, is_persistent=True), 512, only="dense"
     ),
-    # persistent, not (2026-11-23): causal S 8192 449, 437; 4096 397, 376; 1024 283, 254; 512 186, the portable one 159
+    # persistent, and not, 2026-11-23: causal S 8192 449, 437; 4096 397, 376; 1024 283, 254; 512 186, portable 159
     HopperBackwardRow(64, 64, HopperBackwardConfig(3, is_fused=True, is_persistent=True), 512, only="regular"),
     # causal S 8192 461, 1024 267, 512 177; 128 queries a step 455, 272; the portable one 359, 249, 174
     HopperBackwardRow(64, 64, HopperBackwardConfig(3, is_fused=True), 1024),
@@ -302,16 +302,16 @@ HOPPER_BACKWARD_ROWS = (
     # D 48, S 8192, dq in its step: - / 290; - / 265. D 32 278 / 269; 281 / 267. D 16 156 / 158; 186 / 157
     HopperBackwardRow(40, 64, HopperBackwardConfig(3, is_fused=True), 2048),
     HopperBackwardRow(40, 96, LONE, only="segmented", max_Skv=32768),
-    # D 72 and 96 persistent, not (2026-11-23): causal 8192 373, 358; 460, 457
+    # D 72 and 96 persistent, and not, 2026-11-23: causal 8192 373, 358; 460, 457
     HopperBackwardRow(40, 96, HopperBackwardConfig(2, is_fused=True, is_persistent=True), only="regular"),
     # S 8192, causal, D 72 and 96, 389 and 492, apart 350 and 431
     HopperBackwardRow(40, 96, HopperBackwardConfig(2, is_fused=True)),
     HopperBackwardRow(40, 96, HopperBackwardConfig(2, is_fused=False)),
     # 32k tokens in 256 documents 120, fused 93; 16k in 14 359, 361
     HopperBackwardRow(40, 128, LONE, only="segmented", max_Skv=32768),
-    # persistent, not (2026-11-23): S 8192 573 / 551, 556 / 550; 2048 - / 418, - / 402; 1024 425 / 313, 392 / 309; 512 330 /
-    # 206, 312 / 198. Not where a mask reads tensors: mode 1 16k 493, 527, documents 65k 517, 527; nor with scores: ALiBi
-    # 518, 520
+    # persistent, and not, 2026-11-23: S 8192 573 / 556, 551 / 550; 2048 - / 418, - / 402; 1024 425 / 313, 392 / 309;
+    # 512 330 / 206, 312 / 198. Where a mask reads tensors it is slower: mode 1 16k 493, 527, documents 65k 517, 527;
+    # with ALiBi no faster: 518, 520
     HopperBackwardRow(40, 128, HopperBackwardConfig(2, is_fused=True, is_persistent=True), only="regular"),
     # S 16384 582 / -, 8192 572 / 577, 1024 - / 338; dq in its step 552 / -, 547 / 531, - / 328; three stages 586 / -,
     # 572 / 514

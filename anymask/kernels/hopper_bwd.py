@@ -1,4 +1,5 @@
-"""Backward on Hopper (sm_90): a producer warp loads tiles by TMA, consumer warpgroups of 64 keys each compute.
+"""Backward on Hopper (sm_90): a producer warp loads tiles by TMA (hopper_work.py), consumer warpgroups of 64 keys each
+compute.
 
 A program has a tile of keys and walks the queries that see them. A consumer's step, everything transposed:
 S^T = K Q^T and dP^T = V dO^T issued; P^T while dP^T runs; dV += P^T dO issued; dS^T to shared memory, where the other
@@ -7,7 +8,7 @@ accumulator by TMA. P^T and dS^T are operands in registers, dK and dV stay there
 is late, that of the step before, so that consumers need not wait for each other.
 dQ may be left to hopper_dq.py. Then consumers take turns, or there is one: half the keys, and two programs on a
 multiprocessor, one of which computes while the other begins or ends. And above head dim 128 two consumers share the
-work on 64 keys.
+work on 64 keys. A persistent program goes on with further tiles of keys, which come while its gradients leave.
 docs/notes/006-hopper-backward.md has why; hopper_rows.py what comes before and after.
 """
 
@@ -23,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from anymask.kernels.functions import kept, opaque
-from anymask.kernels.hopper_chunks import accumulator, accumulators, allocate_tiles, bytes_of, chunks_of, finished
+from anymask.kernels.hopper_chunks import accumulator, accumulators, allocate_tiles, chunks_of, finished
 from anymask.kernels.hopper_pipeline import (
     FIRST_BARRIER,
     LAST_BARRIER,
@@ -31,7 +32,6 @@ from anymask.kernels.hopper_pipeline import (
     Handover,
     Ring,
     RowQueue,
-    begin_load,
     begin_store,
     meet,
     pass_turn,
@@ -39,13 +39,10 @@ from anymask.kernels.hopper_pipeline import (
     reduce_add,
     seen_as,
     wait_turn,
-    write_number,
 )
-from anymask.kernels.hopper_walk import WANTED_AHEAD, Counting, Walking, draw_rows
+from anymask.kernels.hopper_work import NUM_FIELDS, ROWS, find_works, load_tiles, taken_work, visit_of
 from anymask.kernels.record import record
-from anymask.kernels.tile import hidden, log2_probability, map_of, ranked_row, work_of
-
-ROWS = gl.constexpr(64)  # keys of a consumer: what one wgmma of a warpgroup takes
+from anymask.kernels.tile import hidden, log2_probability
 
 
 @record
@@ -87,83 +84,6 @@ class Call:
 
 
 @record
-class Work:
-    """A tile of keys of one head: the row of the transposed map, and its first key. b < 0: there is none."""
-
-    b: gl.tensor
-    h_kv: gl.tensor
-    row: gl.tensor
-    kv_start: gl.tensor
-
-
-NUM_FIELDS = gl.constexpr(4)
-
-
-@gluon.jit
-def work_fields(call, number):
-    """Of the work with this number, in the order of Work's.
-
-    Where query heads have maps of their own, the first one's order holds for all that share keys.
-    """
-    head, rank, part = work_of(
-        number, call.num_rows, call.num_heads, call.heads_together, call.TILE_KV, call.BLOCK_KV
-    )
-    b = head // call.Hkv
-    h_kv = head % call.Hkv
-    row = ranked_row(call.walk, map_of(call.map_strides, b, h_kv * call.G) * call.num_rows, rank)
-    return b, h_kv, row, row * call.TILE_KV + part * call.BLOCK_KV
-
-
-@gluon.jit
-def taken_work(call, shared, n, NUM_WARPS: gl.constexpr):
-    """The n-th work of this program, for a role of so many warps."""
-    if call.counter is None:
-        fields = work_fields(call, gl.program_id(0))
-    else:
-        fields = shared.works.take(n, NUM_WARPS)
-    return Work(fields[0], fields[1], fields[2], fields[3])
-
-
-@gluon.jit
-def find_works(call, shared):
-    """Role of one warp of a persistent program: see draw_rows."""
-    num_works = call.num_rows * (call.TILE_KV // call.BLOCK_KV) * call.num_heads
-    draw_rows(shared.works, call, num_works, work_fields)
-
-
-@record
-class Visit:
-    """The steps of one query head over tiles of queries: num_masked, then num_full."""
-
-    h: gl.tensor
-    num_masked: gl.tensor
-    num_full: gl.tensor
-    masked: Walking | Counting
-    full: Walking | Counting
-
-
-@gluon.jit
-def visit_of(call, work, g):
-    """Of the g-th query head that reads these keys.
-
-    Without a walk it is all queries, as masked ones where the tile hangs over the end of the keys. (Queries past the
-    end are zeros, and so are their lse and delta: P dO = 0 and dS = 0.)
-    """
-    TILE_Q: gl.constexpr = call.TILE_Q
-    h = work.h_kv * call.G + g
-    if call.walk is None:
-        num_steps = gl.cdiv(call.Sq, call.BLOCK_Q)
-        num_masked = gl.where(work.kv_start + call.BLOCK_KV > call.Skv, num_steps, 0)
-        tiles = Counting(gl.to_tensor(0), call.BLOCK_Q)
-        return Visit(h, num_masked, num_steps - num_masked, tiles, tiles)
-    else:
-        row = map_of(call.map_strides, work.b, h) * call.num_rows + work.row
-        masked, num_masked = Walking.open(call.walk, call.num_words, row, TILE_Q, call.BLOCK_Q, False)
-        full, num_full = Walking.open(call.walk, call.num_words, row, TILE_Q, call.BLOCK_Q, True)
-        return Visit(h, num_masked, num_full, masked, full)
-
-
-@record
 class Shared:
     """What lies in shared memory. In k and v a stage is the keys of a consumer.
 
@@ -184,78 +104,6 @@ class Shared:
     dq: gl.tuple | gl.constexpr  # [NUM_CONSUMERS, 1, 1, ROWS, columns of a half] f32
     p: Handover | gl.constexpr
     exchange: Exchange | gl.constexpr  # of ds
-
-
-# --- the producer ---
-
-
-@gluon.jit
-def load_tiles(call, shared):
-    """Role of one warp: load what the consumers read."""
-    n = gl.to_tensor(0)
-    i = gl.to_tensor(0)
-    work = taken_work(call, shared, n, 1)
-    if call.counter is None:
-        load_keys(call, shared, work, n)
-        load_queries(call, shared, work, n, i)
-    else:
-        while work.b >= 0:
-            i = load_queries(call, shared, work, n, i)
-            n += 1
-            work = taken_work(call, shared, n, 1)
-
-
-@gluon.jit
-def load_keys(call, shared, work, n):
-    """K and V of work number n of this program."""
-    PARTS: gl.constexpr = call.BLOCK_KV // ROWS
-    for part in gl.static_range(PARTS):
-        shared.k.load(n * PARTS + part, call.k, work.b, work.h_kv, work.kv_start + part * ROWS)
-        shared.v.load(n * PARTS + part, call.v, work.b, work.h_kv, work.kv_start + part * ROWS)
-
-
-@gluon.jit
-def load_queries(call, shared, work, n, i):
-    """Q, dO, lse and delta of the steps of work number n, the first of which is step i; the i after them.
-
-    The walk is a step ahead of the loads. In a persistent program K and V come after the first step's loads, which need
-    not wait until the work before has its gradients; and the next work is wanted when WANTED_AHEAD loads are left.
-    """
-    first = i
-    for g in range(call.G):
-        visit = visit_of(call, work, g)
-        wanted = i + visit.num_masked + visit.num_full - WANTED_AHEAD
-        if call.counter is not None and g == call.G - 1 and wanted < i:
-            shared.works.want()
-        for IS_FULL in gl.static_range(2):
-            if IS_FULL:
-                tiles = visit.full
-                num_steps = visit.num_full
-            else:
-                tiles = visit.masked
-                num_steps = visit.num_masked
-            for step in range(num_steps):
-                q_start = tiles.start(step)
-                tiles = tiles.after(step)
-                shared.q.wait_empty(i)
-                if call.counter is not None and g == call.G - 1 and i == wanted:
-                    shared.works.want()
-                full = shared.q.begin(i, bytes_of(call.q) + call.rows.block_type.nbytes)
-                stage = i % shared.q.STAGES
-                # so consumers need no walk; the barrier of dout, whose load begins after this, tells them of it
-                write_number(shared.tiles.index(stage), q_start // call.BLOCK_Q)
-                begin_load(call.rows, [work.b, visit.h, 0, q_start], full, shared.rows.index(stage))
-                shared.q.fill(i, call.q, work.b, visit.h, q_start, full)
-                shared.dout.load(i, call.dout, work.b, visit.h, q_start)
-                if call.counter is not None and i == first:
-                    load_keys(call, shared, work, n)
-                i += 1
-    if call.counter is not None and i == first:
-        load_keys(call, shared, work, n)
-    return i
-
-
-# --- a consumer ---
 
 
 @gluon.jit

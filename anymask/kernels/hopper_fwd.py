@@ -112,7 +112,7 @@ class Rings:
 
 @gluon.jit
 def find_rows(call, rings):
-    """Role of one warp: what the rows are that this program works on, so that nobody waits for the counter or the map."""
+    """Role of one warp: the rows that this program works on, so that nobody waits for the counter or the map."""
     if call.counter is None:
         rings.rows.put(0, row_of(call, gl.program_id(0)))
     else:

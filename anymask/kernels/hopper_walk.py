@@ -15,7 +15,7 @@ WANTED_AHEAD = gl.constexpr(2)
 
 @gluon.jit
 def draw_rows(queue, call, num_rows, FIELDS_OF: gl.constexpr):
-    """Put the rows that this program works on into the queue: its own number, then one after the other from the counter.
+    """Put the rows that this program works on into the queue: of its own number, then of numbers from the counter.
 
     FIELDS_OF(call, number): a row's fields, the first of which is not negative; after the last row it is.
     Who counts itself out last sets the counter back: all have drawn their last number by then.

@@ -528,7 +528,7 @@ class HopperRecipes(NamedTuple):
     """What Prepared._hopper_backward starts, and the sizes and strides of what it makes."""
 
     rows: Recipe  # out, dout, lse, dlse if there is one, rows, the sum of dQ if there is one
-    dkdv: Recipe  # q, k, v, dout, rows, that sum, dk, dv, a counter if it is persistent, the walk's tensors, captured ones
+    dkdv: Recipe  # q, k, v, dout, rows, that sum, dk, dv, a counter if is_persistent, the walk's tensors, captured ones
     dq: Recipe  # that sum and dq; or as hopper_launch.dq_recipe; or as _dq_recipe without rows
     made: list[tuple[Sizes, Strides]]  # dq, dk, dv
     of_rows: tuple[Sizes, Strides]
