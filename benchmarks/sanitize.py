@@ -91,6 +91,8 @@ CASES = {
         "gluon", (1, 2, 1, 200, 270, 128, 64), BF16, "documents_causal", dkdv=LONE
     ),
     "hopper backward, 128 queries": Case("gluon", (1, 1, 1, 300, 270, 64, 40), F16, "window", dkdv=WIDE),
+    "hopper backward persistent": Case("gluon", (*MANY, 128, 128), BF16, "causal_top_left", dkdv=FUSED | PERSISTENT),
+    "hopper backward persistent, 128 queries": Case("gluon", (*MANY, 64, 40), F16, "window", dkdv=WIDE | PERSISTENT),
     "hopper backward softcap and ALiBi": Case(
         "gluon", (1, 1, 1, 200, 270, 64, 128), F16, "", "capped_and_biased", dkdv=FUSED
     ),

@@ -104,41 +104,43 @@ def test_a_persistent_forward_gives_the_same_bits(D: int, options: dict[str, Any
         assert all(torch.equal(a, b) for result in results[1:] for a, b in zip(results[0], result, strict=True))
 
 
-def test_persistent_forwards_beside_each_other_and_in_a_graph() -> None:
-    q, k, v, *_ = inputs(2, 16, 16, 2048, 2048, 128, 128, torch.bfloat16, "cuda")
-    config = {"forward": {"is_persistent": True}}
+@pytest.mark.parametrize("kernel", ["forward", "dkdv"])
+def test_persistent_kernels_beside_each_other_and_in_a_graph(kernel: str) -> None:
+    q, k, v, dout, _ = inputs(2, 16, 16, 2048, 2048, 128, 128, torch.bfloat16, "cuda")
 
-    def step() -> Tensor:
-        return attention(q, k, v, mask=causal(), backend="gluon", config=config)
+    def step(is_persistent: bool = True) -> tuple[Tensor, ...]:
+        config = {"dkdv": {"is_fused": True}}
+        config[kernel] = config.get(kernel, {}) | {"is_persistent": is_persistent}
+        out = attention(q, k, v, mask=causal(), backend="gluon", config=config)
+        # dq is added up in any order
+        return (out.detach(),) if kernel == "forward" else torch.autograd.grad(out, (q, k, v), dout)[1:]
 
-    expected = attention(q, k, v, mask=causal(), backend="gluon", config={"forward": {"is_persistent": False}})
+    expected = step(is_persistent=False)
     step()
     streams = [torch.cuda.Stream() for _ in range(3)]
     torch.cuda.synchronize()
-    outs = []
+    results = []
     for i in range(30):
         with torch.cuda.stream(streams[i % 3]):
-            outs.append(step())
+            results.append(step())
     torch.cuda.synchronize()
-    assert all(torch.equal(out, expected) for out in outs)
     graphs = [torch.cuda.CUDAGraph() for _ in range(2)]
-    captured = []
     for graph in graphs:
         with torch.cuda.graph(graph):
-            captured.append(step())
+            results.append(step())
     for _ in range(10):
         for graph, stream in zip(graphs, streams, strict=False):
             with torch.cuda.stream(stream):
                 graph.replay()
     torch.cuda.synchronize()
-    assert all(torch.equal(out, expected) for out in captured)
+    assert all(torch.equal(a, b) for result in results for a, b in zip(expected, result, strict=True))
 
 
 @pytest.mark.parametrize("i, name", list(enumerate(MASKS)))
 def test_mask_on_hopper(i: int, name: str) -> None:
     D, dtype, tile = ((64, torch.bfloat16, 64), (128, torch.float16, 128))[i % 2]
     sizes = (2, 4, 2, 333, 290, D, D)
-    config = BACKWARDS[i // 2 % 3]
+    config = BACKWARDS[i // 2 % 4]
     run("gluon", MASKS[name](Sizes(2, 4, 333, 290, "cuda")), None, sizes, dtype, "cuda", tile, config=config)
 
 

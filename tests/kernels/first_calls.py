@@ -124,7 +124,7 @@ def calls() -> Iterator[tuple[tuple[Tensor, ...], dict[str, Any]]]:
         yield qkv(D=D), {"mask": documents, "backend": "gluon", "config": config}
     narrow = sliding_window(16, 0)
     for D, is_fused, mask in ((64, True, narrow), (128, False, documents), (128, True, None))[: 3 * HAS_GLUON]:
-        config = {"dkdv": {"is_fused": is_fused}}
+        config = {"dkdv": {"is_fused": is_fused, "is_persistent": mask is None}}
         yield qkv(D=D), {"mask": mask, "backend": "gluon", "config": config, "deterministic": not is_fused}
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from anymask import block_map, causal, document
+from anymask import block_map, causal, clear_cache, document
 from anymask.errors import UnsupportedError
 from anymask.expr.mods import Mods, text_of
 from anymask.expr.trace import trace
@@ -61,6 +61,7 @@ Launch = tuple[str, tuple[Tensor, ...]]
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     """Kernels' names and the tensors that their recipes are called with. They do not run."""
     noted: list[Launch] = []
+    clear_cache()  # of walks that an earlier test made
 
     def note(recipe: Any, *tensors: Tensor) -> None:
         noted.append((recipe._kernel.__name__, tensors))
@@ -90,6 +91,7 @@ def backward(
         ({"is_fused": False}, {}, "hopper_dq_kernel"),
         ({"is_fused": False, "num_consumers": 1}, {"dq": {"BLOCK_Q": 64}}, "dq_kernel"),
         ({"is_fused": True}, {}, "dq_of_sum_kernel"),
+        ({"is_fused": True, "is_persistent": True}, {}, "dq_of_sum_kernel"),
     ],
 )
 def test_what_is_started(
@@ -105,13 +107,16 @@ def test_what_is_started(
     assert all(a is b for a, b in zip(second[:4], (q, k, v, dout), strict=True))
     num_walk, num_captures = (2, 0) if mask is not None else (0, 0)
     num_captures = 1 if "document" in str(mask) else 0
-    assert len(second) == 4 + 1 + is_fused + 2 + num_walk + num_captures
+    num_counters = 1 if "is_persistent" in of_dkdv else 0
+    assert len(second) == 4 + 1 + is_fused + 2 + num_counters + num_walk + num_captures
     rows = second[4]
     assert rows is first[3] and rows.stride(2) == 92
     for gradient, x in zip(gradients, (q, k, v), strict=True):
         assert gradient.stride() == dense_like(x, x.shape[3]).stride() and gradient.dtype == x.dtype
     dk_dv = second[6:8] if is_fused else second[5:7]
     assert all(a is b for a, b in zip(dk_dv, gradients[1:], strict=True))
+    if num_counters:
+        assert second[8].dtype == torch.int32 and second[8].tolist() == [0, 0]
     if is_fused:
         sums = second[5]
         assert sums is first[4] and sums is third[0] and third[1] is gradients[0]
