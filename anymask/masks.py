@@ -196,8 +196,8 @@ def sliding_window(left: int | None, right: int | None) -> Mask:
 def document(ids: Tensor | None = None, *, cu_seqlens: Tensor | None = None, total: int | None = None) -> Mask:
     """Packed documents: a query sees the keys of its own document. Combine with causal().
 
-    ids: integers [S] or [B, S], in any order, compared as int32; a negative id, down to -2^31 + 1, is padding: it sees
-    nothing and nobody sees it.
+    ids: integers [S] or [B, S], in any order, compared as int32, which kernels read fastest; a negative id, down to
+    -2^31 + 1, is padding: it sees nothing and nobody sees it.
     cu_seqlens, total: instead of ids, the documents' bounds and the sequence length, as document_ids() takes them; they
     become ids here, once.
     """
