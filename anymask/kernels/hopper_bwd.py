@@ -8,7 +8,8 @@ accumulator by TMA. P^T and dS^T are operands in registers, dK and dV stay there
 is late, that of the step before, so that consumers need not wait for each other.
 dQ may be left to hopper_dq.py. Then consumers take turns, or there is one: half the keys, and two programs on a
 multiprocessor, one of which computes while the other begins or ends. And above head dim 128 two consumers share the
-work on 64 keys. A persistent program goes on with further tiles of keys, which come while its gradients leave.
+work on 64 keys (hopper_split.py). A persistent program goes on with further tiles of keys, which come while its
+gradients leave.
 docs/notes/006-hopper-backward.md has why; hopper_rows.py what comes before and after.
 """
 
@@ -23,7 +24,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from anymask.kernels.functions import kept, opaque
 from anymask.kernels.hopper_chunks import accumulator, accumulators, allocate_tiles, chunks_of, finished
 from anymask.kernels.hopper_pipeline import (
     FIRST_BARRIER,
@@ -35,14 +35,24 @@ from anymask.kernels.hopper_pipeline import (
     begin_store,
     meet,
     pass_turn,
-    read_number,
     reduce_add,
     seen_as,
     wait_turn,
 )
+from anymask.kernels.hopper_split import differentiate_keys, differentiate_values
+from anymask.kernels.hopper_step import (
+    copies,
+    first_query,
+    indices,
+    probability,
+    product_of_columns,
+    products_of_rows,
+    row_vector,
+    score_slope,
+    store_chunks,
+)
 from anymask.kernels.hopper_work import NUM_FIELDS, ROWS, find_works, load_tiles, taken_work, visit_of
 from anymask.kernels.record import record
-from anymask.kernels.tile import hidden, log2_probability
 
 
 @record
@@ -104,57 +114,6 @@ class Shared:
     dq: gl.tuple | gl.constexpr  # [NUM_CONSUMERS, 1, 1, ROWS, columns of a half] f32
     p: Handover | gl.constexpr
     exchange: Exchange | gl.constexpr  # of ds
-
-
-@gluon.jit
-def row_vector(call, shared, i, WHICH: gl.constexpr, LAYOUT: gl.constexpr):
-    """[1, BLOCK_Q] f32 of step i's queries: lse in base 2 (0), -delta (1)."""
-    STAGES: gl.constexpr = shared.q.STAGES
-    VECTOR: gl.constexpr = gl.NVMMASharedLayout(0, 32, 1)
-    vectors = seen_as(shared.rows, gl.float32, [STAGES * 2, call.BLOCK_Q], VECTOR)
-    return vectors.index(i % STAGES * 2 + WHICH).load(gl.SliceLayout(0, LAYOUT))[None, :]
-
-
-@gluon.jit
-def copies(vector, x):
-    """vector in the shape of x, each element in a register of its own.
-
-    An accumulator that begins so must have them before the product before it is issued, or ptxas waits for that one
-    (C7517).
-    """
-    _, vector = gl.broadcast(x, vector)
-    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [vector], dtype=gl.float32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def shown(x, other, call, work, h, q_idx, kv_idx, IS_MASKED: gl.constexpr):
-    """x, and other where the mask hides the pair or there is no such pair."""
-    MASK: gl.constexpr = call.MASK if IS_MASKED else None
-    COLUMN: gl.constexpr = call.BLOCK_Q - 7  # see near()
-    x = hidden(x, other, 0, 0, work.b, h, q_idx, kv_idx, call.bindings, MASK, False)
-    if call.SCORE is not None and not call.IS_EVEN_Q:
-        x = kept(x, other, q_idx & COLUMN, call.Sq - (q_idx & ~COLUMN), "lt")
-    if IS_MASKED and not call.IS_EVEN_KV:
-        x = gl.where(opaque(kv_idx) < call.Skv, x, other)
-    return x
-
-
-@gluon.jit
-def product_of_columns(left, right, acc, HAS_ACC: gl.constexpr):
-    """left right^T, plus acc if HAS_ACC, issued, for each chunk of columns    [rows of left, rows of right] f32"""
-    for c in gl.static_range(len(left)):
-        acc = warpgroup_mma(left[c], right[c].permute((1, 0)), acc, use_acc=HAS_ACC or c > 0, is_async=True)
-    return acc
-
-
-@gluon.jit
-def products_of_rows(left, right, acc):
-    """acc + left right, issued, for each chunk of columns    of each chunk [ROWS, columns] f32"""
-    issued = ()
-    for c in gl.static_range(len(acc)):
-        operand = gl.convert_layout(left, gl.DotOperandLayout(0, acc[c].type.layout, 2))
-        issued += (warpgroup_mma(operand, right[c], acc[c], is_async=True),)
-    return issued
 
 
 @gluon.constexpr_function
@@ -229,39 +188,6 @@ def add_half(dq, call, work, where, shared, zero, WARPGROUP: gl.constexpr):
 
 
 @gluon.jit
-def first_query(call, shared, i):
-    """Of step i. As a multiple of BLOCK_Q, so that the compiler sees that captured vectors may be read two numbers at a
-    time.
-    """
-    return read_number(shared.tiles.index(i % shared.q.STAGES), 4) * call.BLOCK_Q
-
-
-@gluon.jit
-def indices(call, q_start, kv_start, LAYOUT: gl.constexpr):
-    """[1, BLOCK_Q] and [ROWS, 1] i32 positions of S^T."""
-    q_idx = q_start + gl.arange(0, call.BLOCK_Q, layout=gl.SliceLayout(0, LAYOUT))
-    kv_idx = kv_start + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
-    return q_idx[None, :], kv_idx[:, None]
-
-
-@gluon.jit
-def probability(s, lse_log2, call, work, h, q_idx, kv_idx, IS_MASKED: gl.constexpr):
-    """P^T of S^T    [ROWS, BLOCK_Q] f32"""
-    p = log2_probability(s, lse_log2, work.b, h, q_idx, kv_idx, call.scale, call.bindings, call.SCORE)
-    return gl.exp2(shown(p, float("-inf"), call, work, h, q_idx, kv_idx, IS_MASKED))
-
-
-@gluon.jit
-def score_slope(p, s, call, work, h, q_idx, kv_idx, IS_MASKED: gl.constexpr):
-    """P^T * dT/dS    [ROWS, BLOCK_Q] f32"""
-    if call.SCORE_GRAD is not None:
-        bindings = call.bindings
-        p *= call.SCORE_GRAD(s, call.scale, work.b, h, q_idx, kv_idx, bindings[0], bindings[1], bindings[2])
-        p = shown(p, 0.0, call, work, h, q_idx, kv_idx, IS_MASKED)
-    return p
-
-
-@gluon.jit
 def gradient_step(i, last, dk, dv, call, work, h, shared, IS_MASKED: gl.constexpr, WARPGROUP: gl.constexpr):
     """dk and dv with the queries of step i added, and the head and first query of these, whose dq gains the keys of all
     consumers. Late, the dq of the step before does, whose head and first query are `last`.
@@ -328,98 +254,6 @@ def gradient_step(i, last, dk, dv, call, work, h, shared, IS_MASKED: gl.constexp
     dk = finished(dk, 0)
     shared.q.release(i)
     return (h, q_start), dk, dv
-
-
-@gluon.jit
-def value_step(i, dv, call, work, h, shared, IS_MASKED: gl.constexpr):
-    """dv with the queries of step i added. P^T * dT/dS is handed to who has dk."""
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, call.BLOCK_Q, 16])
-    DTYPE: gl.constexpr = call.q[0].dtype
-    zero = i >> 30  # see gradient_step
-    shared.q.wait(i)
-    s = gl.zeros([ROWS, call.BLOCK_Q], gl.float32, S_LAYOUT)
-    s = product_of_columns(shared.k.chunks(0, zero), shared.q.chunks(i), s, False)
-    lse_log2 = row_vector(call, shared, i, 0, S_LAYOUT)
-    shared.dout.wait(i)
-    q_start = first_query(call, shared, i)
-    s = warpgroup_mma_wait(0, deps=[s])
-    q_idx, kv_idx = indices(call, q_start, work.kv_start, S_LAYOUT)
-    p = probability(s, lse_log2, call, work, h, q_idx, kv_idx, IS_MASKED)
-    shared.q.release(i)
-    dv = products_of_rows(p.to(DTYPE), shared.dout.chunks(i), dv)
-    shared.p.put(i, score_slope(p, s, call, work, h, q_idx, kv_idx, IS_MASKED).to(DTYPE))
-    dv = finished(dv, 0)
-    shared.dout.release(i)
-    return dv
-
-
-@gluon.jit
-def key_step(i, dk, call, shared):
-    """dk with the queries of step i added."""
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, call.BLOCK_Q, 16])
-    zero = i >> 30  # see gradient_step
-    shared.q.wait(i)
-    less_delta = copies(row_vector(call, shared, i, 1, S_LAYOUT), gl.zeros([ROWS, call.BLOCK_Q], gl.float32, S_LAYOUT))
-    shared.dout.wait(i)
-    dp = product_of_columns(shared.v.chunks(0, zero), shared.dout.chunks(i), less_delta, True)
-    p = shared.p.take(i, S_LAYOUT)
-    dp = warpgroup_mma_wait(0, deps=[dp])
-    shared.dout.release(i)
-    ds = (p.to(gl.float32) * dp).to(call.q[0].dtype)
-    dk = finished(products_of_rows(ds, shared.q.chunks(i), dk), 0)
-    shared.q.release(i)
-    return dk
-
-
-@gluon.jit
-def differentiate_values(call, shared):
-    """Role of a warpgroup: dv of ROWS keys, summed over the query heads that read them."""
-    MAY_HIDE: gl.constexpr = call.MASK is not None or not call.IS_EVEN_KV
-    work = taken_work(call, shared, 0, 4)
-    dv = accumulators(call.dv)
-    shared.k.wait(0)
-    i = 0
-    for g in range(call.G):
-        visit = visit_of(call, work, g)
-        if MAY_HIDE:
-            for _ in range(visit.num_masked):
-                dv = value_step(i, dv, call, work, visit.h, shared, True)
-                i += 1
-        for _ in range(visit.num_full):
-            dv = value_step(i, dv, call, work, visit.h, shared, False)
-            i += 1
-    meet()  # K has been read, and V
-    store_chunks(call.dv, dv, 1.0, shared.v, work.b, work.h_kv, work.kv_start, 0)
-    tma.store_wait(0)
-
-
-@gluon.jit
-def differentiate_keys(call, shared):
-    """Role of a warpgroup: dk of the same keys."""
-    work = taken_work(call, shared, 0, 4)
-    dk = accumulators(call.dk)
-    shared.v.wait(0)
-    i = 0
-    for g in range(call.G):
-        visit = visit_of(call, work, g)
-        for _ in range(visit.num_masked + visit.num_full):
-            dk = key_step(i, dk, call, shared)
-            i += 1
-    meet()
-    store_chunks(call.dk, dk, call.scale, shared.k, work.b, work.h_kv, work.kv_start, 0)
-    tma.store_wait(0)
-
-
-@gluon.jit
-def store_chunks(tensor, acc, factor, ring, b, h, start, WARPGROUP: gl.constexpr):
-    """acc * factor is on its way to rows from start on of the tensor, by way of this consumer's load of ring."""
-    for c in gl.static_range(len(acc)):
-        ring.tile(WARPGROUP, c).store((acc[c] * factor).to(tensor[c].dtype))
-    fence_async_shared()
-    column = 0
-    for c in gl.static_range(len(acc)):
-        begin_store(tensor[c], [b, h, start, column], ring.tiles[c].index(WARPGROUP))
-        column += acc[c].shape[1]
 
 
 @gluon.jit

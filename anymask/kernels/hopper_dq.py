@@ -11,10 +11,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma, warpgroup_mma_wait
 
 from anymask.kernels.functions import near
-from anymask.kernels.hopper_bwd import copies, product_of_columns, products_of_rows, store_chunks
 from anymask.kernels.hopper_chunks import accumulators, bytes_of, chunks_of, finished
 from anymask.kernels.hopper_fwd import indices, row_from, row_of, walks_of
 from anymask.kernels.hopper_pipeline import FIRST_BARRIER, LAST_BARRIER, Ring, read_number, write_number
+from anymask.kernels.hopper_step import copies, product_of_columns, products_of_rows, store_chunks
 from anymask.kernels.hopper_work import ROWS
 from anymask.kernels.record import record
 from anymask.kernels.tile import hidden, log2_probability
