@@ -34,7 +34,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from cases import MASKS, Sizes
 
-from anymask import alibi, attention, causal, document, from_function, sliding_window, softcap
+from anymask import alibi, attention, causal, document, from_function, masks, sliding_window, softcap
 
 DEVICE, DTYPE = "cuda", torch.bfloat16
 # Largest error, in errors of plain torch in the same dtype: over a whole tensor, and over 128 rows of it, where plain
@@ -138,9 +138,7 @@ def document_lengths(S: int) -> list[int]:
 
 
 def document_ids(lengths: list[int]) -> torch.Tensor:
-    """[S] int32, as anymask.masks.document_ids() makes them."""
-    ids = torch.arange(len(lengths), dtype=torch.int32)
-    return torch.repeat_interleave(ids, torch.tensor(lengths)).to(DEVICE)
+    return masks.document_ids(torch.tensor([0, *lengths], device=DEVICE).cumsum(0), sum(lengths))
 
 
 def document_bounds(lengths: list[int]) -> torch.Tensor:

@@ -91,7 +91,7 @@ def emit_score(
     of score * scale.
 
     Factors that are the same for a whole tile are multiplied by each other first: q k^T * scale / cap takes one
-    multiplication a score (sm_90, softcap, forward 128 x 128: 984 -> 794 instructions a step).
+    multiplication a score (sm_90, softcap, forward 128 x 128: 984 -> 791 instructions a step).
     """
     lines, (value,) = lines_of([rewrite(expr, _gather_factors)], wide, is_ptx, overhang, near)
     return function_text(name, ["score", "scale"], [*lines, f"return {value}"])

@@ -236,7 +236,8 @@ HOPPER_ROWS = (
     # documents of 128 tokens, 32k in all 160, 128 x 128 125; of 1,170 tokens 421, 421; of 4,680 tokens, 65k 469, 545
     HopperRow(128, HopperConfig(64, 64, 2, False, True), "segmented", max_Skv=32768),
     # S 16384 639 / 613, 8192 640 / 610, 4096 609 / 597, 1024 617 / 452, 512 530 / 320; not persistent 653 / 627,
-    # 624 / 606, 611 / 581, 532 / 380, 424 / 256; documents 421, 65k 545; 405, 532
+    # 624 / 606, 611 / 581, 532 / 380, 424 / 256; documents 421, 65k 545; 405, 532. On 2026-11-23 S 16384 658 / 655, not
+    # persistent 658 / 641; window 1024 of 32k 480, 428; documents 65k 556, 543
     HopperRow(128, HopperConfig(128, 128, 2, True, True)),
     # S 8192, causal, portable kernel: 192/128 628, 331 (192/192); 256 606, 489. 160 not measured
     HopperRow(160, HopperConfig(128, 128, 2, True)),

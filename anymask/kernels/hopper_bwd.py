@@ -32,7 +32,6 @@ from anymask.kernels.hopper_pipeline import (
     Handover,
     Ring,
     RowQueue,
-    begin_store,
     meet,
     pass_turn,
     reduce_add,
@@ -264,8 +263,6 @@ def differentiate(call, shared, WARPGROUP: gl.constexpr):
     n = gl.to_tensor(0)
     i = gl.to_tensor(0)
     work = taken_work(call, shared, n, 4)
-    if call.HAS_TURNS and WARPGROUP == call.NUM_CONSUMERS - 1:
-        pass_turn(WARPGROUP, call.NUM_CONSUMERS)
     if call.counter is None:
         differentiate_work(call, shared, work, n, i, WARPGROUP)
     else:
@@ -292,6 +289,8 @@ def differentiate_work(call, shared, work, n, i, WARPGROUP: gl.constexpr):
         shared.exchange.give(i + 1, WARPGROUP)  # as step i - 1
     if call.counter is not None:
         tma.store_wait(0)  # the gradients of the work before have left their places
+    if call.HAS_TURNS and WARPGROUP == call.NUM_CONSUMERS - 1:
+        pass_turn(WARPGROUP, call.NUM_CONSUMERS)
     for g in range(call.G):
         if call.G > 1:
             visit = visit_of(call, work, g)
@@ -306,10 +305,10 @@ def differentiate_work(call, shared, work, n, i, WARPGROUP: gl.constexpr):
         wait_turn(WARPGROUP)  # the turn that was passed on last
     if call.counter is not None:
         shared.v.release(n * call.NUM_CONSUMERS + WARPGROUP)
+    zero = i >> 30
     if shared.dq is not None:
         tma.store_wait(0)
         if IS_LATE:
-            zero = i >> 30
             shared.exchange.take(i + 1, WARPGROUP)
             dq = finished(half_products(call, shared, i + 2, zero, WARPGROUP), 0)
             add_half(dq, call, work, last, shared, zero, WARPGROUP)
@@ -318,32 +317,32 @@ def differentiate_work(call, shared, work, n, i, WARPGROUP: gl.constexpr):
         for consumer in gl.static_range(call.NUM_CONSUMERS):
             shared.k.release(n * call.NUM_CONSUMERS + consumer)
         meet()  # the other has read dS^T for its last dQ
-        store_aside(call, shared, dk, dv, work, kv_start, i >> 30, WARPGROUP)
+        store_aside(call, shared, dk, dv, work, kv_start, zero, WARPGROUP)
     else:
         if shared.dq is not None:
             tma.store_wait(0)
             meet()  # the other has read K for its last dQ
         # in the place of K and V
-        store_chunks(call.dk, dk, call.scale, shared.k, work.b, work.h_kv, kv_start, WARPGROUP)
-        store_chunks(call.dv, dv, 1.0, shared.v, work.b, work.h_kv, kv_start, WARPGROUP)
+        store_chunks(call.dk, dk, call.scale, shared.k.blocks(WARPGROUP), work.b, work.h_kv, kv_start)
+        store_chunks(call.dv, dv, 1.0, shared.v.blocks(WARPGROUP), work.b, work.h_kv, kv_start)
     return i
 
 
 @gluon.jit
 def store_aside(call, shared, dk, dv, work, kv_start, zero, WARPGROUP: gl.constexpr):
-    """As store_chunks, but by way of this consumer's places for dS^T and dQ: K and V may come meanwhile."""
+    """By way of this consumer's places for dS^T and dQ: K and V may come meanwhile."""
     column = 0
+    of_dv = ()
     for c in gl.static_range(len(dv)):
         # as many blocks of this width lie before it as fit in the columns before it
-        place = own_block(shared.ds, call.dv[c], column // dv[c].shape[1], zero, WARPGROUP)
-        store_chunk(call.dv[c], dv[c], place, work, kv_start, column)
+        of_dv += (own_block(shared.ds, call.dv[c], column // dv[c].shape[1], zero, WARPGROUP),)
         column += dv[c].shape[1]
+    store_chunks(call.dv, dv, 1.0, of_dv, work.b, work.h_kv, kv_start)
     tma.store_wait(len(dv))  # what this consumer added to dQ last has been read
-    column = 0
+    of_dk = ()
     for c in gl.static_range(len(dk)):
-        place = own_block(shared.dq[c], call.dk[c], 0, zero, WARPGROUP)
-        store_chunk(call.dk[c], dk[c] * call.scale, place, work, kv_start, column)
-        column += dk[c].shape[1]
+        of_dk += (own_block(shared.dq[c], call.dk[c], 0, zero, WARPGROUP),)
+    store_chunks(call.dk, dk, call.scale, of_dk, work.b, work.h_kv, kv_start)
 
 
 @gluon.constexpr_function
@@ -365,14 +364,6 @@ def own_block(places, tensor, number, zero, WARPGROUP: gl.constexpr):
     if WARPGROUP == 1:
         number = SHAPE[0] - 1 - number
     return seen_as(places, DTYPE, SHAPE, LAYOUT).index(number + zero)
-
-
-@gluon.jit
-def store_chunk(tensor, x, place, work, kv_start, column):
-    """x is on its way to rows from kv_start on and columns from `column` on."""
-    place.reshape(x.shape).store(x.to(tensor.dtype))
-    fence_async_shared()
-    begin_store(tensor, [work.b, work.h_kv, kv_start, column], place)
 
 
 @gluon.jit(do_not_specialize=["num_words", "num_rows", "num_heads", "heads_together", "Hkv", "Sq", "Skv"])

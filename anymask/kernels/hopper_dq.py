@@ -189,7 +189,7 @@ def differentiate(call, shared, WARPGROUP: gl.constexpr):
         dq = gradient_step(i, dq, lse_log2, less_delta, call, row, shared, False, WARPGROUP)
         i += 1
     # in the place of Q
-    store_chunks(call.dq, dq, call.scale, shared.q, row.b, row.h, row.q_start, WARPGROUP)
+    store_chunks(call.dq, dq, call.scale, shared.q.blocks(WARPGROUP), row.b, row.h, row.q_start)
     tma.store_wait(0)
 
 

@@ -148,6 +148,14 @@ class Ring:
         return tiles
 
     @gluon.jit
+    def blocks(self, i):
+        """All chunks of load i, each as a block of its descriptor."""
+        blocks = ()
+        for c in gl.static_range(len(self.tiles)):
+            blocks += (self.tiles[c].index(i),)
+        return blocks
+
+    @gluon.jit
     def release(self, i):
         """This consumer is done with load i."""
         if is_number(self.empty):

@@ -81,7 +81,7 @@ def differentiate_values(call, shared):
             dv = value_step(i, dv, call, work, visit.h, shared, False)
             i += 1
     meet()  # K has been read, and V
-    store_chunks(call.dv, dv, 1.0, shared.v, work.b, work.h_kv, work.kv_start, 0)
+    store_chunks(call.dv, dv, 1.0, shared.v.blocks(0), work.b, work.h_kv, work.kv_start)
     tma.store_wait(0)
 
 
@@ -98,5 +98,5 @@ def differentiate_keys(call, shared):
             dk = key_step(i, dk, call, shared)
             i += 1
     meet()
-    store_chunks(call.dk, dk, call.scale, shared.k, work.b, work.h_kv, work.kv_start, 0)
+    store_chunks(call.dk, dk, call.scale, shared.k.blocks(0), work.b, work.h_kv, work.kv_start)
     tma.store_wait(0)

@@ -97,12 +97,12 @@ def score_slope(p, s, call, work, h, q_idx, kv_idx, IS_MASKED: gl.constexpr):
 
 
 @gluon.jit
-def store_chunks(tensor, acc, factor, ring, b, h, start, WARPGROUP: gl.constexpr):
-    """acc * factor is on its way to rows from start on of the tensor, by way of this consumer's load of ring."""
+def store_chunks(tensor, acc, factor, blocks, b, h, start):
+    """acc * factor is on its way to rows from start on of the tensor, by way of a block of each of its descriptors."""
     for c in gl.static_range(len(acc)):
-        ring.tile(WARPGROUP, c).store((acc[c] * factor).to(tensor[c].dtype))
+        blocks[c].reshape(acc[c].shape).store((acc[c] * factor).to(tensor[c].dtype))
     fence_async_shared()
     column = 0
     for c in gl.static_range(len(acc)):
-        begin_store(tensor[c], [b, h, start, column], ring.tiles[c].index(WARPGROUP))
+        begin_store(tensor[c], [b, h, start, column], blocks[c])
         column += acc[c].shape[1]

@@ -71,6 +71,11 @@ class Likeness:
         return isinstance(self.plan.forward, HopperConfig) and self.plan.forward.is_persistent
 
     @functools.cached_property
+    def has_persistent_backward(self) -> bool:
+        """Those of dk and dv do."""
+        return isinstance(self.plan.dkdv, HopperBackwardConfig) and self.plan.dkdv.is_persistent
+
+    @functools.cached_property
     def out(self) -> Layout:
         shape, Dv = self.q.shape, self.v.shape[3]
         return self.q._replace(shape=(*shape[:3], Dv), strides=dense_strides(shape, self.q.strides, Dv))
@@ -173,7 +178,7 @@ class Prepared(NamedTuple):
         rows = torch.empty_strided(*recipes.of_rows, dtype=torch.float32, device=device)
         sums = () if recipes.of_sum is None else (torch.empty(recipes.of_sum, dtype=torch.float32, device=device),)
         dlses = () if dlse is None else (dlse.contiguous(),)
-        counters = (counter_of(device),) if recipes.is_persistent else ()
+        counters = (counter_of(device),) if self.alike.has_persistent_backward else ()
         calls = self._hopper_calls(recipes, q, k, v, out, dout, lse, dlses, rows, sums, dq, dk, dv, counters, captures)
         if recipes.dkdv.is_new:  # side by side
             for recipe, tensors in calls:
@@ -222,7 +227,7 @@ class Prepared(NamedTuple):
         if isinstance(alike.plan.dkdv, HopperBackwardConfig):
             recipes = _hopper_backward_recipes(alike, strides[:3], strides, of_captures, False)
             sums = () if recipes.of_sum is None else (row,)
-            counters = (Outline(torch.int32),) if recipes.is_persistent else ()
+            counters = (Outline(torch.int32),) if alike.has_persistent_backward else ()
             if recipes.dkdv.is_new:
                 calls = self._hopper_calls(recipes, q, k, v, x, x, row, (), row, sums, x, x, x, counters, captures)
                 for recipe, tensors in calls:
@@ -528,12 +533,11 @@ class HopperRecipes(NamedTuple):
     """What Prepared._hopper_backward starts, and the sizes and strides of what it makes."""
 
     rows: Recipe  # out, dout, lse, dlse if there is one, rows, the sum of dQ if there is one
-    dkdv: Recipe  # q, k, v, dout, rows, that sum, dk, dv, a counter if is_persistent, the walk's tensors, captured ones
+    dkdv: Recipe  # q, k, v, dout, rows, that sum, dk, dv, a counter if needed, the walk's tensors, captured ones
     dq: Recipe  # that sum and dq; or as hopper_launch.dq_recipe; or as _dq_recipe without rows
     made: list[tuple[Sizes, Strides]]  # dq, dk, dv
     of_rows: tuple[Sizes, Strides]
     of_sum: Sizes | None
-    is_persistent: bool
 
 
 @functools.lru_cache(maxsize=1024)
@@ -593,7 +597,7 @@ def _hopper_backward_recipes(
         )
         dq = _dq_recipe(alike, strides, made[0].strides, bindings, has_dlse, None, shared)
     of_sum = tuple(q.shape) if config.is_fused else None
-    return HopperRecipes(rows_recipe, dkdv, dq, [x[:2] for x in made], rows[:2], of_sum, config.is_persistent)
+    return HopperRecipes(rows_recipe, dkdv, dq, [x[:2] for x in made], rows[:2], of_sum)
 
 
 def _hopper_dq_recipe(
