@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from anymask import attention, block_map, causal, document, sliding_window
+from anymask import attention, block_map, causal, document, sliding_window, softcap
 from anymask.testing import inputs, relative_error
 from tests.cases import MASKS, SCORES, Sizes
 from tests.test_zoo import run
@@ -152,6 +152,14 @@ def test_score_function_on_hopper(i: int, name: str) -> None:
     for j, mask in enumerate((None, causal())):
         config = BACKWARDS[(i + j) % 4]
         run("gluon", mask, score_mod, sizes, torch.bfloat16, "cuda", 128, config=config)
+
+
+@pytest.mark.parametrize("cap", [0.3, 3.0, 50.0])
+def test_caps_below_and_above_the_scores(cap: float) -> None:
+    """A warp takes a polynomial where all its scores are below half the cap: always, never, or as it comes."""
+    for config in (*BACKWARDS, WIDE):
+        D = 64 if config is WIDE else 128
+        run("gluon", causal(), softcap(cap), (2, 4, 2, 200, 170, D, 64), torch.bfloat16, "cuda", 128, config=config)
 
 
 @pytest.mark.parametrize("D, Dv", [(64, 64), (64, 128), (128, 64), (128, 128)])

@@ -20,6 +20,7 @@ from anymask.expr.bindings import Bindings
 from anymask.expr.emit import BOOL_TEMPLATES, TEMPLATES, emit, emit_hide, emit_score
 from anymask.expr.evaluate import evaluate
 from anymask.expr.ir import SCORE, TRUE, DType, Expr, Op, apply, cast, const, index
+from anymask.kernels.functions import TANH_COEFFICIENTS
 from anymask.kernels.jit import jitted
 from tests.expr.expressions import as_kernels_take
 
@@ -231,6 +232,23 @@ def test_distances_are_taken_near_the_tile() -> None:
         text = emit(visible, "f", is_ptx=True, overhang=frozenset(("q_idx",)), near=column)
         assert "near_kv_idx <= near_q_idx" in text and "opaque_q_idx" in text
     assert "near" not in emit(visible, "f", is_ptx=True) + emit(visible, "f", overhang=frozenset())
+
+
+def test_tanh_of_small_numbers_is_a_polynomial() -> None:
+    """By the constants of its PTX, in float32, for |x| < 0.5. It is taken for scores, in the Hopper kernels."""
+    c0, c1, c2, c3 = (
+        torch.tensor(int(text[2:], 16) - (1 << 32) * (text[2:] >= "8"), dtype=torch.int32).view(torch.float32)
+        for text in TANH_COEFFICIENTS.value
+    )
+    w = torch.linspace(-2, 2, 100001)
+    u = w * w
+    y = w * (((c3 * u + c2) * u + c1) * u + c0)
+    exact = (w.double() / 4).tanh()
+    assert ((y - exact).abs() <= 7e-7 * exact.abs()).all()
+    capped = apply(Op.TANH, SCORE)
+    assert "tanh_of_tile(score, 1.0)" in emit(capped, "f", is_ptx=True, near="kv_idx")
+    of_a_row = apply(Op.ADD, SCORE, apply(Op.TANH, cast(Q_, FLOAT)))
+    assert "tanh_of_tile" not in emit(of_a_row, "f", is_ptx=True, near="kv_idx")
 
 
 def test_nvidia_has_a_cheaper_tanh() -> None:
