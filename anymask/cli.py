@@ -174,7 +174,7 @@ def explain(mask: Mask, blocks: BlockMap, problem: Problem, arch: str) -> dict[s
     """
     bindings, (Bm, Hm, _, _) = blocks.bindings, blocks.shape
     mods = Mods.of(text_of(blocks.text, SCORE_TEXT), bindings.ints, bindings.floats)
-    plan = choose(problem, mods, blocks.tile, arch=arch)
+    plan = choose(problem, mods, blocks.tile, arch=arch, bindings=bindings)
     counts = {name: int((blocks.kinds == kind).sum()) for kind, name in _KINDS.items()}
     decided = stages(mods.mask, bindings, Grid(Bm, Hm, blocks.Sq, blocks.Skv, blocks.tile, blocks.device))
     shared_by = problem.B * problem.Hq // (Bm * Hm)  # batches and heads that one of the maps serves

@@ -147,6 +147,7 @@ class _Call:
             mods,
             block_map.tile,
             arch=arch_of(problem.device),
+            bindings=bindings,
             backend=backend,
             config=None if config is None else json.loads(config),
             deterministic=deterministic,

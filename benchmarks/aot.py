@@ -83,14 +83,18 @@ HOPPER_BACKWARDS: dict[str, dict[str, Any]] = {
     "hopper_wide": {"is_fused": True, "BLOCK_Q": 128, "num_stages": 2, "is_persistent": True},
 }
 OF_KINDS = {"hopper_persistent": "regular", "hopper_wide": "dense"}  # as plan.kinds_of
-# Only where plan.py has one. hopper_dq: after hopper_dkdv.
-HOPPER_KERNELS = ("hopper_forward", "rows", "dq_of_sum", *HOPPER_BACKWARDS, "hopper_dq")
+# By the variant that it comes after.
+HOPPER_DQS = {"hopper_dkdv": "hopper_dq", "hopper_lone": "hopper_lone_dq"}
+# Only where plan.py has one.
+HOPPER_KERNELS = ("hopper_forward", "rows", "dq_of_sum", *HOPPER_BACKWARDS, *HOPPER_DQS.values())
 TWO = {"BLOCK_Q": 128, "BLOCK_KV": 128, "num_stages": 2, "has_turns": True}
 THREE = TWO | {"BLOCK_Q": 192, "num_stages": 3}
+ONE = TWO | {"BLOCK_Q": 64, "BLOCK_KV": 64, "has_turns": False, "is_persistent": True}
 # head dims and configs that the plan does not choose, or not for all masks
 HOPPER_VARIANTS: tuple[tuple[int, tuple[tuple[str, Any], ...]], ...] = (
     *((D, (*TWO.items(), ("is_persistent", is_persistent))) for D in (128, 64) for is_persistent in (True, False)),
     *((64, (*THREE.items(), ("is_persistent", is_persistent))) for is_persistent in (True, False)),
+    (128, tuple(ONE.items())),
     *((D, ()) for D in (16, 48, 72, 96, 112, 160, 192)),
 )
 # Bytes. dK and dV of head dim 128 take 128 registers a thread: of what is left, masked and scored steps keep some
@@ -175,6 +179,8 @@ def full_jobs() -> Iterator[Job]:
                 kernels=("hopper_forward",) if options else HOPPER_KERNELS,
                 hopper=options,
             )
+    for mask in ("window", "neighbourhood_3d"):
+        yield Job(mask, "", "bf16", 192, 128, "sm_90", kernels=("hopper_forward",))
     for arch in TARGETS:
         for D in (64, 256):
             yield Job("documents_causal", "capped", "bf16", D, D, arch, Sq=1000, tile=16)
@@ -217,13 +223,14 @@ def compile_job(job: Job) -> list[Row]:
     num_tiles = -(-job.Sq // job.tile)
     blocks = BlockMap(torch.zeros(2, 4, num_tiles, num_tiles, dtype=torch.int8), job.Sq, job.Sq, tile)
     hopper_plans: dict[str, Any] = {}
+    of_dq: dict[str, Any] = {}
     with Recorder() as recorder:
         launch.forward(q, k, v, mods, bindings, blocks, plan, 0.125)
         launch.backward(dout, None, q, k, v, out, lse, mods, bindings, blocks, plan, 0.125)
         map_launch.classify(mods.mask, bindings, Grid(2, 4, job.Sq, job.Sq, tile, torch.device("cpu")))
         with contextlib.suppress(UnsupportedError):
             config = {"forward": dict(job.hopper)} if job.hopper else None
-            gluon_plan = choose(problem, mods, tile, arch=job.arch, backend="gluon", config=config)
+            gluon_plan = choose(problem, mods, tile, arch=job.arch, backend="gluon", bindings=bindings, config=config)
             launch.forward(q, k, v, mods, bindings, blocks, gluon_plan, 0.125)
             for name, wanted in HOPPER_BACKWARDS.items():
                 if OF_KINDS.get(name, "any") not in {*kinds_of(mods), "any"}:
@@ -232,18 +239,21 @@ def compile_job(job: Job) -> list[Row]:
                 hopper_plans[name] = choose(problem, mods, tile, arch=job.arch, backend="gluon", config=hopper_config)
                 launch.backward(dout, None, q, k, v, out, lse, mods, bindings, blocks, hopper_plans[name], 0.125)
                 recorder.calls[name] = recorder.calls.pop("hopper_backward")
+                if name in HOPPER_DQS and "hopper_dq" in recorder.calls:
+                    of_dq[HOPPER_DQS[name]] = recorder.calls.pop("hopper_dq")
     need = Need.of(job.D, job.Dv, dtype, mods, family_of(job.arch))
     configs: dict[str, Any] = {name: getattr(plan, name, None) for name in KERNELS}
     estimates = {name: shared_memory(name, config, need) for name, config in configs.items() if config}
     if "hopper_forward" in recorder.calls:
         configs["hopper_forward"] = gluon_plan.forward
         estimates["hopper_forward"] = hopper_shared_memory(gluon_plan.forward, job.D, job.Dv)
-    if "hopper_dq" in recorder.calls:
-        configs["hopper_dq"] = dq_config = hopper_plans["hopper_dkdv"].dq
-        estimates["hopper_dq"] = hopper_dq_shared_memory(dq_config, job.D, job.Dv)
+    recorder.calls |= of_dq
     for name, hopper_plan in hopper_plans.items():
         configs[name] = hopper_plan.dkdv
         estimates[name] = hopper_backward_shared_memory(hopper_plan.dkdv, job.D, job.Dv)
+        if (of_variant := HOPPER_DQS.get(name)) in of_dq:
+            configs[of_variant] = hopper_plan.dq
+            estimates[of_variant] = hopper_dq_shared_memory(hopper_plan.dq, job.D, job.Dv)
     # without a mask there is nothing to walk
     return [
         _compile(job, configs.get(name), estimates.get(name), name, *recorder.calls[name])
@@ -258,7 +268,7 @@ class Recorder:
     def __init__(self) -> None:
         kernels = vars(launch) | vars(map_launch) | vars(hopper_launch)
         self.kernels = {name: kernels[f"{name}_kernel"] for name in KERNELS}
-        names = [name for name in HOPPER_KERNELS if name not in HOPPER_BACKWARDS] + ["hopper_backward"]
+        names = ("hopper_forward", "rows", "dq_of_sum", "hopper_backward", "hopper_dq")
         self.kernels |= {name: kernels[f"{name}_kernel"] for name in names}
         self.calls: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {}
 

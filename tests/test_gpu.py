@@ -35,6 +35,19 @@ def test_mask_in_float32(name: str) -> None:
     run("triton", MASKS[name](Sizes(2, 4, 200, 170, "cuda")), None, sizes, torch.float32, "cuda", 64)
 
 
+@pytest.mark.parametrize("backend", ["triton", "gluon"] if IS_HOPPER else ["triton"])
+def test_ties_of_floats_are_decided_as_torch_does(backend: str) -> None:
+    """x y + z against a number that it nearly is: one instruction for both would decide half of them otherwise."""
+    S = 1000
+    x, y, w = (torch.rand(S, generator=torch.Generator().manual_seed(i)).cuda() for i in range(3))
+    z = 1 - x * y  # so query i and key i tie
+    mask = lambda b, h, q, k: (x[q] * y[k] + z[q] > 1) | (torch.sqrt(w[q]) / (y[k] + 0.1) > 1.25)
+    shown = (x[:, None] * y + z[:, None] > 1) | (torch.sqrt(w)[:, None] / (y + 0.1) > 1.25)
+    q, k = torch.zeros(2, 1, 1, S, 64, dtype=torch.bfloat16, device="cuda")
+    _, lse = attention(q, k, k, mask=mask, backend=backend, return_lse=True)
+    assert torch.equal(lse[0, 0].exp().round().int(), shown.sum(-1).int())
+
+
 @pytest.mark.parametrize("i, name", list(enumerate(SCORES)))
 def test_score_function(i: int, name: str) -> None:
     sizes, dtypes = (2, 4, 2, 200, 170, 64, 64), (torch.bfloat16, torch.float32)

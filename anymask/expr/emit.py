@@ -140,6 +140,7 @@ def lines_of(
     """
     nodes = list(dict.fromkeys(node for expr in exprs for node in expr.walk()))
     opaque = _one_axis_operands(nodes) if is_ptx else set()
+    rounds = all(expr.dtype is DType.BOOL for expr in exprs)
     bounds = integer_bounds(nodes)
     names: dict[Expr, str] = {}
     lines: list[str] = []
@@ -164,7 +165,7 @@ def lines_of(
             elif len(axes(node)) == 2:
                 hidden = [arg.op is Op.INDEX and arg in opaque for arg in node.args]
                 args = [f"opaque_{arg}" if is_hidden else arg for arg, is_hidden in zip(args, hidden, strict=True)]
-            rule = _rule(node, bounds)
+            rule = (_rounded_rule(node, is_ptx) if rounds else None) or _rule(node, bounds)
             if near:
                 args = _row_bound(node, names, near) or args
             scaled = _scaled(node.args[0] if node.op is Op.TANH else node) if is_ptx else None
@@ -218,6 +219,17 @@ def _row_bound(node: Expr, names: dict[Expr, str], column: str) -> list[str] | N
             is_above = is_column_first == (difference is node.args[0])
             return [f"near_{column}", bound] if is_above else [bound, f"near_{column}"]
     return None
+
+
+def is_costly(mask: Expr) -> bool:
+    """A tile of 128 x 128 takes more registers than there are: where each pair takes more than 16 operations, or keys are
+    read at indices that may be negative.
+    """
+    nodes = list(mask.walk())
+    bounds = integer_bounds(nodes)
+    reads = [node for node in nodes if node.op is Op.LOAD and "kv_idx" in axes(node)]
+    may_wrap = any(bounds[arg][0] < 0 and "kv_idx" in axes(arg) for node in reads for arg in node.args)
+    return may_wrap or sum(len(axes(node)) == 2 for node in nodes) > 16
 
 
 def _one_axis_operands(nodes: list[Expr]) -> set[Expr]:
@@ -304,6 +316,11 @@ FLOAT_TEMPLATES: dict[Op, str] = {
     Op.MOD: "{0} - tl.floor({0} / {1}) * {1}",
 }
 
+# In a mask each operation is rounded by itself, as torch does it: what decides who sees what must not depend on whether
+# a product and a sum became one instruction. (exp and its like still differ by their last bits.)
+ROUNDED_TEMPLATES: dict[Op, str] = {Op.DIV: "tl.div_rn({0}, {1})", Op.SQRT: "tl.sqrt_rn({0})"}
+PTX_ROUNDED_TEMPLATES: dict[Op, str] = {Op.MUL: "rounded_product({0}, {1})"}
+
 Bounds = dict[Expr, tuple[int, int]]
 RANGES = {DType.BOOL: (0, 1), DType.INT32: (-(1 << 31), (1 << 31) - 1), DType.INT64: (-(1 << 63), (1 << 63) - 1)}
 
@@ -319,6 +336,12 @@ def _rule(node: Expr, bounds: Bounds) -> str:
         return _integer_rule(node, bounds) or str(TEMPLATES[node.op])
     template = TEMPLATES[node.op]
     return template if isinstance(template, str) else template(node)
+
+
+def _rounded_rule(node: Expr, is_ptx: bool) -> str | None:
+    if node.dtype is not DType.FLOAT:
+        return None
+    return ROUNDED_TEMPLATES.get(node.op) or (PTX_ROUNDED_TEMPLATES.get(node.op) if is_ptx else None)
 
 
 def _integer_rule(node: Expr, bounds: Bounds) -> str | None:

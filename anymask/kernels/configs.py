@@ -127,9 +127,11 @@ SHARED_LIMITS = {
 }
 
 # Heads run together, rows with most work first, while what their programs read in common stays below this. Many heads
-# leave less of the GPU idle at the end, few keep keys in the L2 cache. H200, 8 -> 32 MiB, forward: documents 16k 435 ->
-# 386 us, causal D 64 1462 -> 1509. One head at a time -> 8 MiB: causal 1218 -> 1155, no mask 2248 -> 2333.
-RAGGED_BYTES, REGULAR_BYTES = 32 << 20, 8 << 20
+# leave less of the GPU idle at the end, few keep keys in the L2 cache. H200, portable forward, 8 -> 32 MiB: documents 16k
+# 435 -> 386 us, causal D 64 1462 -> 1509. One head at a time -> 8 MiB: causal 1218 -> 1155, no mask 2248 -> 2333. Causal,
+# S 8192, one head of D 256 is 8 MiB, of 192/128 5: alone, the last heads' rows leave 10% and 5% of the GPU idle
+# (simulated), by twos and threes less than 1%.
+RAGGED_BYTES, REGULAR_BYTES = 32 << 20, 16 << 20
 
 # Architectures that are as another family in what matters here.
 FAMILIES = {
@@ -210,7 +212,10 @@ def lookup(family: str, arithmetic: str, D: int, has_mask: bool, has_score: bool
 @dataclass(frozen=True)
 class HopperRow:
     """only: for "dense": no mask and no score function; "regular": a mask of indices alone or none, and no score
-    function; "ragged": a mask that reads tensors; "segmented": one as of documents (Mods.is_segmented).
+    function; "ragged": a mask that reads tensors; "segmented": one as of documents (Mods.is_segmented); "costly": see
+    is_costly of expr/emit.py. Of a mask of indices alone (blocks/sparsity.py): "fine": tiles of 128 x 128 hold more than
+    1.2 times the pairs that tiles of 64 x 64 do; "short": a query visits up to 640 keys in the latter, and there is no
+    score function.
     """
 
     max_D: int  # of max(D, Dv)
@@ -224,6 +229,11 @@ class HopperRow:
 
 # H200, bf16, 16,384 tokens in all unless said, 2026-11-22. Numbers are TFLOP/s, no mask / causal, and of documents.
 HOPPER_ROWS = (
+    # us, 16 heads, S 16384, 2026-11-23: 64 x 64 / 64 x 128 / 192 x 128 / portable: window 64 88 / 88 / 121 / 101, 512 142
+    # / 141 / 174 / 178, 17 and sinks 85 / 114 / 199 / 113; a neighbourhood in 3-D 107 / 142 / 307 / 146; chunks of 256
+    # 83 / 68 / 111 / 83
+    HopperRow(64, HopperConfig(64, 64, 2, False, True), "fine"),
+    HopperRow(64, HopperConfig(64, 128, 2, False, True), "short"),
     # S 16384 522 / 511, 4096 502 / 421, 1024 454 / 250, 512 400 / 177; not persistent 501 / 498, 475 / 406, 360 / 220,
     # 281 / 153 (all not in turns; S 8192, one after the other, in turns 529 / 486, not 523 / 470)
     HopperRow(64, HopperConfig(192, 128, 3, True, True), "dense"),
@@ -233,6 +243,12 @@ HOPPER_ROWS = (
     HopperRow(64, HopperConfig(64, 128, 2, False, True)),
     # heads 32:8, 16 queries, 8,192 keys, 16 sequences: 260 us, 128 x 128 421; the portable kernel 299
     HopperRow(128, HopperConfig(64, 64, 2, False), max_Sq=64),
+    # us, 16 heads, S 16384, 2026-11-23: 64 x 64 / 128 x 128 / portable: window 64 93 / 113 / 130, 128 96 / 109 / 144, 256
+    # 121 / 137 / 176, 512 186 / 174 / 231, 17 and sinks 98 / 162 / 146; a neighbourhood in 3-D 121 / 261 / 171; chunks
+    # of 24 91 / 116 / 123, 256 105 / 90 / 142; D 96 window 64 79 / 108 / 126, 512 158 / 155 / 245
+    HopperRow(128, HopperConfig(64, 64, 2, False, True), "fine"),
+    # slices 1216 / 1326 / 1574, S 4096 109 / 150 / 124; reads of keys before the first 4549 / 5118 / 5136
+    HopperRow(128, HopperConfig(64, 64, 2, False, True), "costly"),
     # documents of 128 tokens, 32k in all 160, 128 x 128 125; of 1,170 tokens 421, 421; of 4,680 tokens, 65k 469, 545
     HopperRow(128, HopperConfig(64, 64, 2, False, True), "segmented", max_Skv=32768),
     # S 16384 639 / 613, 8192 640 / 610, 4096 609 / 597, 1024 617 / 452, 512 530 / 320; not persistent 653 / 627,
@@ -241,6 +257,9 @@ HOPPER_ROWS = (
     HopperRow(128, HopperConfig(128, 128, 2, True, True)),
     # S 8192, causal, portable kernel: 192/128 628, 331 (192/192); 256 606, 489. 160 not measured
     HopperRow(160, HopperConfig(128, 128, 2, True)),
+    # us as above: 64 x 64 / 128 x 128 / portable, 192/128: window 64 111 / 150 / 197, 256 154 / 173 / 281, 512 218 / 220 /
+    # 382, 17 and sinks 126 / 193 / 233; a neighbourhood in 3-D 158 / 312 / 272; chunks of 256 137 / 127 / 181
+    HopperRow(192, HopperConfig(64, 64, 2, False), "fine", max_Dv=128),
     HopperRow(192, HopperConfig(128, 128, 2, True), max_Dv=128),
     HopperRow(192, HopperConfig(128, 64, 3, True)),
     HopperRow(256, HopperConfig(128, 64, 2, True)),
@@ -289,6 +308,9 @@ LONE = HopperBackwardConfig(2, is_fused=False, num_consumers=1)
 
 # H200, bf16, 16,384 tokens in all, 2026-11-22. TFLOP/s, no mask / causal, all kernels of a backward; the portable ones.
 HOPPER_BACKWARD_ROWS = (
+    # us, 16 heads, S 16384, 2026-11-23: this / fused, persistent / portable: window 64 265 / 261 / 193, 256 270 / 279 /
+    # 317, 17 and sinks 391 / 613 / 390; a neighbourhood in 3-D 285 / 296 / 284
+    HopperBackwardRow(64, 64, LONE, only="fine"),
     # S 8192 491, 1024 375; 64 queries a step 461, 357; the portable one 368, 345. Persistent, and not, 2026-11-23: 475,
     # 477; 2048 417, 399; 1024 379, 364; 512 302, 275, the portable one 262
     HopperBackwardRow(
@@ -303,6 +325,8 @@ HOPPER_BACKWARD_ROWS = (
     # D 48, S 8192, dq in its step: - / 290; - / 265. D 32 278 / 269; 281 / 267. D 16 156 / 158; 186 / 157
     HopperBackwardRow(40, 64, HopperBackwardConfig(3, is_fused=True), 2048),
     HopperBackwardRow(40, 96, LONE, only="segmented", max_Skv=32768),
+    # us as below, D 96: window 64 249 / 305 / 374, 512 453 / 487 / 699
+    HopperBackwardRow(40, 96, LONE, only="short"),
     # D 72 and 96 persistent, and not, 2026-11-23: causal 8192 373, 358; 460, 457
     HopperBackwardRow(40, 96, HopperBackwardConfig(2, is_fused=True, is_persistent=True), only="regular"),
     # S 8192, causal, D 72 and 96, 389 and 492, apart 350 and 431
@@ -310,6 +334,10 @@ HOPPER_BACKWARD_ROWS = (
     HopperBackwardRow(40, 96, HopperBackwardConfig(2, is_fused=False)),
     # 32k tokens in 256 documents 120, fused 93; 16k in 14 359, 361
     HopperBackwardRow(40, 128, LONE, only="segmented", max_Skv=32768),
+    # us, 16 heads, S 16384, 2026-11-23: this / fused, persistent / portable: window 64 272 / 365 / 387, 256 375 / 438 /
+    # 528, 512 497 / 578 / 724, 17 and sinks 569 / 1028 / 815; chunks of 256 328 / 358 / 406, 512 376 / 406 / 477; a
+    # neighbourhood in 3-D 365 / 435 / 501. The sum of dQ takes 84 of fused
+    HopperBackwardRow(40, 128, LONE, only="short"),
     # persistent, and not, 2026-11-23: S 8192 573 / 556, 551 / 550; 2048 - / 418, - / 402; 1024 425 / 313, 392 / 309;
     # 512 330 / 206, 312 / 198. Where a mask reads tensors it is slower: mode 1 16k 493, 527, documents 65k 517, 527;
     # with ALiBi no faster: 518, 520
@@ -346,7 +374,7 @@ def hopper_backward_config(
 
 @dataclass(frozen=True)
 class HopperDqRow:
-    """only: as of HopperRow."""
+    """only: as of HopperRow; "lone": beside one consumer for dk and dv."""
 
     max_D: int  # of max(D, Dv)
     dq: HopperDqConfig
@@ -357,6 +385,7 @@ class HopperDqRow:
 # H200, bf16, S 8192, 2026-11-22. TFLOP/s of a whole backward, no mask at S 16384 / causal. Scores spill with 128 keys
 # a step (softcap, D 128: 248 bytes).
 HOPPER_DQ_ROWS = (
+    HopperDqRow(128, HopperDqConfig(64, 1, num_consumers=1), "lone"),
     # the portable dQ 431 / 425, 64 keys 452 / 451; D 64 causal 375, the portable dQ 350, 64 keys 349
     HopperDqRow(128, HopperDqConfig(128, 2), "regular"),
     # two programs a multiprocessor

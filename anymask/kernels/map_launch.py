@@ -178,6 +178,7 @@ def _classify_recipe(
         IS_EVEN_Q=tile_q == padded_q and grid.Sq % tile_q == 0,
         IS_EVEN_KV=tile_kv == padded_kv and grid.Skv % tile_kv == 0,
         num_warps=4,
+        enable_fp_fusion=False,  # the mask is what attention computes: see ROUNDED_TEMPLATES of expr/emit.py
     )
 
 

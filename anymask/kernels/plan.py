@@ -12,7 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anymask.blocks.sparsity import Sparsity, sparsity_of
 from anymask.errors import UnsupportedError
+from anymask.expr.bindings import Bindings
+from anymask.expr.emit import is_costly
 from anymask.expr.ir import DType, Op
 from anymask.expr.mods import Mods
 from anymask.kernels.configs import (
@@ -88,6 +91,7 @@ def choose(
     tile: tuple[int, int],
     *,
     arch: str,
+    bindings: Bindings | None = None,
     backend: str | None = None,
     config: Mapping[str, AnyConfig | Mapping[str, Any]] | None = None,
     deterministic: bool | None = None,
@@ -95,6 +99,7 @@ def choose(
 ) -> Plan:
     """The plan of a call whose map has tiles of `tile` (queries, keys) on `arch` (see arch_of).
 
+    bindings: what mods capture; None: the plan does not ask how much the mask shows.
     backend: None for the best that can do it.  config: by kernel ("forward", "dkdv", "dq") a Config, or some of its
     fields by name, instead of the row's; for the forward of "gluon" those of HopperConfig; for "dkdv" those of
     HopperBackwardConfig, is_fused among them, ask for the Hopper kernel; then for "dq" those of HopperDqConfig,
@@ -123,14 +128,14 @@ def choose(
         why_no_gluon = why_no_hopper = "backend='triton'"
     hopper = hopper_backward = hopper_dq = None
     if not (obstacle or why_no_gluon):
-        kinds = kinds_of(mods)
+        kinds = kinds_of(mods, _sparsity(problem, mods, bindings))
         hopper = hopper_config(problem.D, problem.Dv, problem.Sq, problem.Skv, tile[0], kinds)
         if not (config and {"dkdv", "dq"} & set(config)):
             length = min(problem.Sq, problem.Skv) if backend is None else 1 << 62
             hopper_backward = hopper_backward_config(
                 problem.D, problem.Dv, length, problem.Skv, bool(deterministic), kinds
             )
-            hopper_dq = hopper_backward and _hopper_dq_beside(hopper_backward, problem, mods)
+            hopper_dq = hopper_backward and _hopper_dq_beside(hopper_backward, problem, kinds)
     if backend is None:
         backend = "eager" if obstacle or arch == "interpreter" else "triton" if why_no_gluon else "gluon"
     if backend not in ("gluon", "triton"):
@@ -165,14 +170,25 @@ def choose(
     return replace(plan, why=f"{plan.why}; config= sets {says}")
 
 
-def kinds_of(mods: Mods) -> frozenset[str]:
-    """What a HopperRow or a HopperBackwardRow may be for only."""
+def _sparsity(problem: Problem, mods: Mods, bindings: Bindings | None) -> Sparsity | None:
+    """None where it is not known on the host."""
+    if bindings is None or mods.is_ragged or not mods.has_mask or 0 in (problem.B, problem.Hq, problem.Sq, problem.Skv):
+        return None
+    return sparsity_of(mods.mask, bindings, problem.B, problem.Hq, problem.Sq, problem.Skv)
+
+
+@functools.lru_cache(maxsize=4096)
+def kinds_of(mods: Mods, sparsity: Sparsity | None = None) -> frozenset[str]:
+    """What a row of configs.py may be for only (HopperRow)."""
     is_regular = not (mods.is_ragged or mods.has_score)
     kinds = {
         "dense": is_regular and not mods.has_mask,
         "regular": is_regular,
         "ragged": mods.is_ragged,
         "segmented": mods.is_segmented,
+        "costly": is_costly(mods.mask),
+        "fine": sparsity is not None and sparsity.big > 1.2 * sparsity.small,
+        "short": is_regular and sparsity is not None and sparsity.small <= 640,
     }
     return frozenset(kind for kind, holds in kinds.items() if holds)
 
@@ -512,14 +528,17 @@ def _hopper_backward(
             f"config['dkdv']: the Gluon backward takes num_stages from 1 to 3 and {limit} bytes of shared memory: "
             f"{chosen} would take {size}"
         )
-    return {"dkdv": chosen} if "dq" in config else {"dkdv": chosen, "dq": _hopper_dq_beside(chosen, problem, mods)}
+    return {"dkdv": chosen} if "dq" in config else {"dkdv": chosen, "dq": _hopper_dq_beside(chosen, problem, kinds_of(mods))}
 
 
-def _hopper_dq_beside(backward: HopperBackwardConfig, problem: Problem, mods: Mods) -> HopperDqConfig | None:
+def _hopper_dq_beside(
+    backward: HopperBackwardConfig, problem: Problem, kinds: frozenset[str]
+) -> HopperDqConfig | None:
     """None where dq is fused with dk and dv."""
     if backward.is_fused:
         return None
-    return hopper_dq_config(problem.D, problem.Dv, problem.Skv, kinds_of(mods))
+    beside = frozenset(("lone",)) if backward.num_consumers == 1 else frozenset()
+    return hopper_dq_config(problem.D, problem.Dv, problem.Skv, kinds | beside)
 
 
 def _is_hopper_dq(wanted: Any) -> bool:

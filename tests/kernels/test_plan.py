@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from anymask.errors import UnsupportedError
-from anymask.expr.ir import SCORE, TRUE, DType, Expr, Op, apply, index
+from anymask.expr.bindings import Bindings
+from anymask.expr.ir import SCORE, TRUE, DType, Expr, Op, apply, const, index
 from anymask.expr.mods import Mods
 from anymask.kernels import plan as plan_module
 from anymask.kernels.configs import (
@@ -355,6 +356,36 @@ def test_the_backward_of_documents_has_one_consumer() -> None:
         how = {"arch": "sm_90", "backend": backend}
         assert [consumers(segmented, Skv, **how) for Skv in (100, 32768, 32769)] == [1, 1, 2]
         assert consumers(Mods(CAUSAL), 100, **how) == 2 and consumers(segmented, 100, **how, deterministic=True) == 1
+
+
+def test_masks_of_indices_alone_have_tiles_as_fine_as_they_are() -> None:
+    def plan(mods: Mods, window: int, D: int = 128, Dv: int | None = None, **arguments: Any) -> Plan:
+        p = Problem(1, 4, 2, 4096, 4096, D, Dv or D, torch.bfloat16, CPU)
+        return choose(p, mods, (64, 64), arch="sm_90", bindings=Bindings(ints=(window,)), **arguments)
+
+    def blocks(*arguments: Any) -> list[int]:
+        chosen = plan(*arguments)
+        return [chosen.forward.BLOCK_Q, chosen.forward.BLOCK_KV, chosen.dkdv.BLOCK_KV]
+
+    reach = apply(Op.SUB, index("q_idx"), index("kv_idx"))
+    window = Mods(apply(Op.AND, CAUSAL, apply(Op.LE, reach, Expr.of(Op.NUMBER, DType.INT32, (), 0))))
+    assert [blocks(window, n) for n in (64, 512, 1024)] == [[64, 64, 64], [128, 128, 64], [128, 128, 128]]
+    assert [blocks(window, n, 64) for n in (64, 512, 1024)] == [[64, 64, 64], [64, 128, 128], [192, 128, 128]]
+    assert [blocks(window, n, 192, 128)[:2] for n in (64, 512)] == [[64, 64], [128, 128]]
+    lone = plan(window, 64)
+    assert lone.dq == HopperDqConfig(64, 1, num_consumers=1) and lone == plan(window, 64, deterministic=True)
+    # a score function is computed once more where dq is apart
+    scored = plan(Mods(window.mask, HEAVY.score), 512)
+    assert isinstance(scored.dkdv, HopperBackwardConfig) and scored.dkdv.is_fused
+    unknown = choose(problem(128), window, (64, 64), arch="sm_90")
+    assert unknown == choose(problem(128), Mods(CAUSAL), (64, 64), arch="sm_90")
+
+
+def test_costly_masks_have_small_tiles() -> None:
+    p = problem(128)
+    shifted = apply(Op.SUB, index("kv_idx"), const(5, DType.INT32))
+    costly, cheap = (Mods(Expr.of(Op.LOAD, DType.BOOL, (at,), 0)) for at in (shifted, index("kv_idx")))
+    assert [choose(p, mods, (64, 64), arch="sm_90").forward.BLOCK_KV for mods in (costly, cheap)] == [64, 128]
 
 
 def test_the_faster_forward_is_taken() -> None:

@@ -1,0 +1,56 @@
+"""How much of a mask of indices alone its tiles hold, known on the host before there is a map."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from anymask.expr.bindings import Bindings
+from anymask.expr.interval import Grid, Tiles, bounds_over
+from anymask.expr.ir import Expr
+
+SMALL = 64  # positions of a tile along each axis; a big one has twice as many
+MOST_ROWS, MOST_HEADS = 16, 4  # big rows, and batches or heads, that are looked at
+
+
+class Sparsity(NamedTuple):
+    """small, big: the keys that a query's row of tiles holds on average, in tiles of 64 x 64 and of 128 x 128."""
+
+    small: float
+    big: float
+
+
+@functools.lru_cache(maxsize=1024)
+def sparsity_of(mask: Expr, bindings: Bindings, B: int, H: int, Sq: int, Skv: int) -> Sparsity:
+    """Of a mask that reads no tensor, from the bounds of some of its rows of tiles, evenly spread over the queries.
+
+    A tile that bounds leave undecided counts as visited. Bounds take about 2 ms (16,384 tokens, 2 cores, 2026-11-23).
+    """
+    device = torch.device("cpu")
+    grid = Grid(B, H, Sq, Skv, (SMALL, SMALL), device)
+    _, _, num_q, num_kv = grid.shape
+    num_big = (num_q + 1) // 2
+    rows = torch.linspace(0, num_big - 1, min(num_big, MOST_ROWS), dtype=torch.float64).round().long()
+    q_block = (rows[:, None] * 2 + torch.arange(2)).flatten()
+    kv_block = torch.arange(num_kv + num_kv % 2)
+    b, h = (torch.linspace(0, n - 1, min(n, MOST_HEADS), dtype=torch.float64).round().long() for n in (B, H))
+    exists = (q_block < num_q)[:, None] & (kv_block < num_kv)
+    # a block past the end stands for the last one
+    tiles = Tiles(
+        b[:, None, None, None],
+        h[:, None, None],
+        q_block.clamp(max=num_q - 1)[:, None],
+        kv_block.clamp(max=num_kv - 1),
+    )
+    _, may_show = bounds_over(mask, bindings, grid.points(tiles, SMALL, SMALL), device)
+    visited = may_show.expand(len(b), len(h), *exists.shape) & exists
+    by_big = visited.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).any(5).any(3)
+    num_small = int((q_block < num_q).sum()) * len(b) * len(h)
+    return Sparsity(_keys(visited, SMALL, num_small), _keys(by_big, 2 * SMALL, by_big[..., 0].numel()))
+
+
+def _keys(visited: Tensor, size: int, num_rows: int) -> float:
+    return int(visited.sum()) * size / max(num_rows, 1)
