@@ -82,7 +82,7 @@ HOPPER_BACKWARDS: dict[str, dict[str, Any]] = {
     "hopper_persistent": {"is_fused": True, "is_persistent": True},
     "hopper_wide": {"is_fused": True, "BLOCK_Q": 128, "num_stages": 2, "is_persistent": True},
 }
-OF_KINDS = {"hopper_persistent": "regular", "hopper_wide": "dense"}  # as plan.kinds_of
+OF_KINDS = {"hopper_persistent": "regular", "hopper_wide": "regular"}  # as plan.kinds_of
 # By the variant that it comes after.
 HOPPER_DQS = {"hopper_dkdv": "hopper_dq", "hopper_lone": "hopper_lone_dq"}
 # Only where plan.py has one.
@@ -103,7 +103,7 @@ HOPPER_VARIANTS: tuple[tuple[int, tuple[tuple[str, Any], ...]], ...] = (
 SPILL_LIMITS = dict.fromkeys(HOPPER_BACKWARDS, 128) | {
     "hopper_fused": 136,
     "hopper_persistent": 136,
-    "hopper_wide": 140,
+    "hopper_wide": 176,  # under a causal mask; still 4 to 8% faster than 64 queries a step
 }
 
 

@@ -97,7 +97,7 @@ def test_a_persistent_forward_gives_the_same_bits(D: int, options: dict[str, Any
     for sizes in ((1, 1, 1, 1, 1), (8, 16, 4, 500, 700), (3, 40, 40, 1024, 1024), (2000, 1, 1, 130, 5)):
         q, k, v, *_ = inputs(*sizes, D, D, torch.bfloat16, "cuda")
         blocks = block_map(mask, *sizes[:2], *sizes[3:], device="cuda", tile=64)
-        options = {"BLOCK_Q": 128, "has_turns": True, "is_persistent": False} | options
+        options = {"BLOCK_Q": 128, "BLOCK_KV": 128, "has_turns": True, "is_persistent": False} | options
         results = [
             attention(q, k, v, block_map=blocks, return_lse=True, backend="gluon", config={"forward": chosen})
             for chosen in (options, *[options | {"is_persistent": True}] * 3)

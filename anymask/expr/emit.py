@@ -222,8 +222,8 @@ def _row_bound(node: Expr, names: dict[Expr, str], column: str) -> list[str] | N
 
 
 def is_costly(mask: Expr) -> bool:
-    """A tile of 128 x 128 takes more registers than there are: where each pair takes more than 16 operations, or keys are
-    read at indices that may be negative.
+    """A tile of 128 x 128 takes more registers than there are: where each pair takes more than 16 operations, or keys
+    are read at indices that may be negative.
     """
     nodes = list(mask.walk())
     bounds = integer_bounds(nodes)

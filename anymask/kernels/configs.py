@@ -127,11 +127,14 @@ SHARED_LIMITS = {
 }
 
 # Heads run together, rows with most work first, while what their programs read in common stays below this. Many heads
-# leave less of the GPU idle at the end, few keep keys in the L2 cache. H200, portable forward, 8 -> 32 MiB: documents 16k
-# 435 -> 386 us, causal D 64 1462 -> 1509. One head at a time -> 8 MiB: causal 1218 -> 1155, no mask 2248 -> 2333. Causal,
-# S 8192, one head of D 256 is 8 MiB, of 192/128 5: alone, the last heads' rows leave 10% and 5% of the GPU idle
-# (simulated), by twos and threes less than 1%.
-RAGGED_BYTES, REGULAR_BYTES = 32 << 20, 16 << 20
+# leave less of the GPU idle at the end, few keep keys in the L2 cache. H200, portable forward, 8 -> 32 MiB: documents
+# 16k 435 -> 386 us, causal D 64 1462 -> 1509. One head at a time -> 8 MiB: causal 1218 -> 1155, no mask 2248 -> 2333.
+# Hopper forward, 8 -> 16 -> 32 MiB, 2026-11-23, TFLOP/s: causal S 8192 D 128 617, 625, 599, D 96 533, 511, 511, S 1024
+# 421, 398, 394.
+RAGGED_BYTES, REGULAR_BYTES = 32 << 20, 8 << 20
+# But no fewer rows together than a GPU about runs at a time: with the 64 of one head of 8 MiB (D 256, S 8192) the last
+# heads leave 10% of it idle. Forward 648 -> 710 TFLOP/s, backward 446 -> 464, 192/128 401 -> 413.
+ROWS_TOGETHER = 128
 
 # Architectures that are as another family in what matters here.
 FAMILIES = {
@@ -213,9 +216,9 @@ def lookup(family: str, arithmetic: str, D: int, has_mask: bool, has_score: bool
 class HopperRow:
     """only: for "dense": no mask and no score function; "regular": a mask of indices alone or none, and no score
     function; "ragged": a mask that reads tensors; "segmented": one as of documents (Mods.is_segmented); "costly": see
-    is_costly of expr/emit.py. Of a mask of indices alone (blocks/sparsity.py): "fine": tiles of 128 x 128 hold more than
-    1.2 times the pairs that tiles of 64 x 64 do; "short": a query visits up to 640 keys in the latter, and there is no
-    score function.
+    is_costly of expr/emit.py. Of a mask of indices alone (blocks/sparsity.py): "fine": tiles of 128 x 128 hold more
+    than 1.2 times the pairs that tiles of 64 x 64 do; "short": a query visits up to 640 keys in the latter, and there
+    is no score function.
     """
 
     max_D: int  # of max(D, Dv)
@@ -229,9 +232,9 @@ class HopperRow:
 
 # H200, bf16, 16,384 tokens in all unless said, 2026-11-22. Numbers are TFLOP/s, no mask / causal, and of documents.
 HOPPER_ROWS = (
-    # us, 16 heads, S 16384, 2026-11-23: 64 x 64 / 64 x 128 / 192 x 128 / portable: window 64 88 / 88 / 121 / 101, 512 142
-    # / 141 / 174 / 178, 17 and sinks 85 / 114 / 199 / 113; a neighbourhood in 3-D 107 / 142 / 307 / 146; chunks of 256
-    # 83 / 68 / 111 / 83
+    # us, 16 heads, S 16384, 2026-11-23: 64 x 64 / 64 x 128 / 192 x 128 / portable: window 64 88 / 88 / 121 / 101, 512
+    # 142 / 141 / 174 / 178, 17 and sinks 85 / 114 / 199 / 113; a neighbourhood in 3-D 107 / 142 / 307 / 146; chunks of
+    # 256 83 / 68 / 111 / 83
     HopperRow(64, HopperConfig(64, 64, 2, False, True), "fine"),
     HopperRow(64, HopperConfig(64, 128, 2, False, True), "short"),
     # S 16384 522 / 511, 4096 502 / 421, 1024 454 / 250, 512 400 / 177; not persistent 501 / 498, 475 / 406, 360 / 220,
@@ -243,9 +246,9 @@ HOPPER_ROWS = (
     HopperRow(64, HopperConfig(64, 128, 2, False, True)),
     # heads 32:8, 16 queries, 8,192 keys, 16 sequences: 260 us, 128 x 128 421; the portable kernel 299
     HopperRow(128, HopperConfig(64, 64, 2, False), max_Sq=64),
-    # us, 16 heads, S 16384, 2026-11-23: 64 x 64 / 128 x 128 / portable: window 64 93 / 113 / 130, 128 96 / 109 / 144, 256
-    # 121 / 137 / 176, 512 186 / 174 / 231, 17 and sinks 98 / 162 / 146; a neighbourhood in 3-D 121 / 261 / 171; chunks
-    # of 24 91 / 116 / 123, 256 105 / 90 / 142; D 96 window 64 79 / 108 / 126, 512 158 / 155 / 245
+    # us, 16 heads, S 16384, 2026-11-23: 64 x 64 / 128 x 128 / portable: window 64 93 / 113 / 130, 128 96 / 109 / 144,
+    # 256 121 / 137 / 176, 512 186 / 174 / 231, 17 and sinks 98 / 162 / 146; a neighbourhood in 3-D 121 / 261 / 171;
+    # chunks of 24 91 / 116 / 123, 256 105 / 90 / 142; D 96 window 64 79 / 108 / 126, 512 158 / 155 / 245
     HopperRow(128, HopperConfig(64, 64, 2, False, True), "fine"),
     # slices 1216 / 1326 / 1574, S 4096 109 / 150 / 124; reads of keys before the first 4549 / 5118 / 5136
     HopperRow(128, HopperConfig(64, 64, 2, False, True), "costly"),
@@ -257,8 +260,8 @@ HOPPER_ROWS = (
     HopperRow(128, HopperConfig(128, 128, 2, True, True)),
     # S 8192, causal, portable kernel: 192/128 628, 331 (192/192); 256 606, 489. 160 not measured
     HopperRow(160, HopperConfig(128, 128, 2, True)),
-    # us as above: 64 x 64 / 128 x 128 / portable, 192/128: window 64 111 / 150 / 197, 256 154 / 173 / 281, 512 218 / 220 /
-    # 382, 17 and sinks 126 / 193 / 233; a neighbourhood in 3-D 158 / 312 / 272; chunks of 256 137 / 127 / 181
+    # us as above: 64 x 64 / 128 x 128 / portable, 192/128: window 64 111 / 150 / 197, 256 154 / 173 / 281, 512 218 /
+    # 220 / 382, 17 and sinks 126 / 193 / 233; a neighbourhood in 3-D 158 / 312 / 272; chunks of 256 137 / 127 / 181
     HopperRow(192, HopperConfig(64, 64, 2, False), "fine", max_Dv=128),
     HopperRow(192, HopperConfig(128, 128, 2, True), max_Dv=128),
     HopperRow(192, HopperConfig(128, 64, 3, True)),
@@ -315,6 +318,10 @@ HOPPER_BACKWARD_ROWS = (
     # 477; 2048 417, 399; 1024 379, 364; 512 302, 275, the portable one 262
     HopperBackwardRow(
         64, 64, HopperBackwardConfig(2, is_fused=True, BLOCK_Q=128, is_persistent=True), 512, only="dense"
+    ),
+    # 128 and 64 queries a step, 2026-11-23: causal S 16384 479, 461; 8192 480, 444
+    HopperBackwardRow(
+        64, 64, HopperBackwardConfig(2, is_fused=True, BLOCK_Q=128, is_persistent=True), 4096, only="regular"
     ),
     # persistent, and not, 2026-11-23: causal S 8192 449, 437; 4096 397, 376; 1024 283, 254; 512 186, portable 159
     HopperBackwardRow(64, 64, HopperBackwardConfig(3, is_fused=True, is_persistent=True), 512, only="regular"),

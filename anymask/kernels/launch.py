@@ -23,7 +23,14 @@ from anymask.expr.emit import emit_hide, emit_score
 from anymask.expr.grad import derivative
 from anymask.expr.ir import Expr
 from anymask.expr.mods import Mods
-from anymask.kernels.configs import AnyConfig, Config, HopperBackwardConfig, HopperConfig, HopperDqConfig
+from anymask.kernels.configs import (
+    ROWS_TOGETHER,
+    AnyConfig,
+    Config,
+    HopperBackwardConfig,
+    HopperConfig,
+    HopperDqConfig,
+)
 from anymask.kernels.jit import jitted
 from anymask.kernels.map_launch import walks
 from anymask.kernels.plan import Plan, is_readable_by_tma, is_walked, padded, walk_shapes
@@ -665,7 +672,8 @@ def _walk_arguments(
 
     head_bytes: what the programs of G heads read in common.
     """
-    together = min(G * max(1, plan.shared_bytes // max(head_bytes, 1)), num_heads)
+    heads = max(plan.shared_bytes // max(head_bytes, 1), _ceil(ROWS_TOGETHER, num_rows) if plan.shared_bytes else 1)
+    together = min(G * heads, num_heads)
     if maps is None:
         return None, None, (0, 0), num_rows, num_heads, together
     Bm, Hm = maps

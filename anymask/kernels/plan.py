@@ -528,12 +528,14 @@ def _hopper_backward(
             f"config['dkdv']: the Gluon backward takes num_stages from 1 to 3 and {limit} bytes of shared memory: "
             f"{chosen} would take {size}"
         )
-    return {"dkdv": chosen} if "dq" in config else {"dkdv": chosen, "dq": _hopper_dq_beside(chosen, problem, kinds_of(mods))}
+    return (
+        {"dkdv": chosen}
+        if "dq" in config
+        else {"dkdv": chosen, "dq": _hopper_dq_beside(chosen, problem, kinds_of(mods))}
+    )
 
 
-def _hopper_dq_beside(
-    backward: HopperBackwardConfig, problem: Problem, kinds: frozenset[str]
-) -> HopperDqConfig | None:
+def _hopper_dq_beside(backward: HopperBackwardConfig, problem: Problem, kinds: frozenset[str]) -> HopperDqConfig | None:
     """None where dq is fused with dk and dv."""
     if backward.is_fused:
         return None
