@@ -36,7 +36,7 @@ endif
 aot: $(READY) $(NEWEST)
 	$(PY) benchmarks/aot.py
 	PYTHONPATH=$(NEWEST) $(PY) benchmarks/aot.py --sample --kernels \
-		hopper_forward rows dq_of_sum hopper_dkdv hopper_lone hopper_dq
+		hopper_forward rows dq_of_sum hopper_dkdv hopper_lone hopper_dq hopper_lone_dq
 
 # One thread: what else runs on the machine disturbs the times least.
 gallery: $(READY)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from anymask import sliding_window
 from anymask.blocks.block_map import EMPTY
 from anymask.blocks.build import build
 from anymask.blocks.sparsity import Sparsity, sparsity_of
@@ -35,6 +36,13 @@ def test_it_is_what_the_map_has(name: str, Sq: int, Skv: int) -> None:
     # intervals leave no tile of these undecided that is empty
     if name.startswith(("causal", "window", "prefix", "chunked", "everything", "nothing")):
         assert found == Sparsity(*exact)
+
+
+def test_a_default_device_changes_nothing() -> None:
+    program = trace(sliding_window(64, 64), None, CPU)
+    mods = Mods.of(text_of(program.mask, program.score), program.bindings.ints, program.bindings.floats)
+    with torch.device("meta"):
+        assert sparsity_of(mods.mask, program.bindings, 3, 5, 999, 998).small < 999
 
 
 def test_of_many_rows_some_are_looked_at() -> None:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 NEWEST_TRITON = ROOT / ".venv" / "newest"  # where `make` installs it
 # but hopper_fused and its variants: Triton 3.9 spills 420 bytes of it, see docs/notes/006-hopper-backward.md
-HOPPER_KERNELS = ("hopper_forward", "rows", "dq_of_sum", "hopper_dkdv", "hopper_lone", "hopper_dq")
+HOPPER_KERNELS = ("hopper_forward", "rows", "dq_of_sum", "hopper_dkdv", "hopper_lone", "hopper_dq", "hopper_lone_dq")
 
 
 def aot(*arguments: str, first: Path = ROOT) -> str:
