@@ -234,6 +234,16 @@ def test_distances_are_taken_near_the_tile() -> None:
     assert "near" not in emit(visible, "f", is_ptx=True) + emit(visible, "f", overhang=frozenset())
 
 
+def test_masks_round_each_operation_of_floats_by_itself() -> None:
+    x = cast(Q_, FLOAT)
+    product = apply(Op.ADD, apply(Op.MUL, x, x), x)
+    quotient = apply(Op.DIV, apply(Op.SQRT, x), x)
+    for value, calls, of_ptx in ((product, ["rounded_product"], True), (quotient, ["tl.div_rn", "tl.sqrt_rn"], False)):
+        mask, score = apply(Op.LT, x, value), apply(Op.ADD, SCORE, value)
+        texts = [emit(mask, "f", is_ptx=True), emit(mask, "f"), emit(score, "f", is_ptx=True)]
+        assert [all(f"{call}(" in text for call in calls) for text in texts] == [True, not of_ptx, False]
+
+
 def test_tanh_of_small_numbers_is_a_polynomial() -> None:
     """By the constants of its PTX, in float32, for |x| < 0.5. It is taken for scores, in the Hopper kernels."""
     c0, c1, c2, c3 = (
