@@ -96,11 +96,21 @@ class Mask:
         check_captures(self._program.bindings, device)
         return self._program
 
-    def to_dense(self, B: int, H: int, Sq: int, Skv: int, device: torch.device | str | None = None) -> Tensor:
+    def to_dense(
+        self,
+        B: int,
+        H: int,
+        Sq: int,
+        Skv: int,
+        device: torch.device | str | None = None,
+        *,
+        dtype: torch.dtype = torch.float64,
+    ) -> Tensor:
         """The mask as a bool tensor [B, H, Sq, Skv], True where the query sees the key: to look at, not to compute
         with.
 
         device: of the captured tensors; None takes the first one's, or the CPU where there is none.
+        dtype: that floats in the mask are computed in. Kernels do it in float32: a pair at a tie may differ.
         """
         program = self.trace(None)
         captures = program.bindings.captures
@@ -110,7 +120,7 @@ class Mask:
             torch.arange(size, device=device).view([-1 if i == axis else 1 for i in range(4)])
             for axis, size in enumerate((B, H, Sq, Skv))
         )
-        dense = evaluate(mods.mask, program.bindings, b=b, h=h, q_idx=q_idx, kv_idx=kv_idx)
+        dense = evaluate(mods.mask, program.bindings, b=b, h=h, q_idx=q_idx, kv_idx=kv_idx, dtype=dtype)
         return dense.expand(B, H, Sq, Skv).contiguous()
 
     def draw(

@@ -5,10 +5,10 @@
     PYTHONPATH=.venv/newest python benchmarks/aot.py --kernels hopper_forward   some kernels, with the newest Triton
     python benchmarks/aot.py --lengths 200   how often each kernel would compile for 200 random lengths of one mask
 
-Exits with 1 where a kernel does not compile, needs more shared memory than the device has or than plan.py estimates,
-where ptxas serialises the products of a case whose speed is measured or of any Hopper kernel, or where a Hopper kernel
-of a case whose speed is measured spills more than SPILL_LIMITS (a persistent one: more than a few constants).
-The arguments are those that launch.py passes: its launches are recorded instead of run.
+Exits with 1 where a kernel does not compile, needs more shared memory than the device has or than footprint.py
+estimates, where ptxas serialises the products of a case whose speed is measured or of any Hopper kernel, or where a
+Hopper kernel of a case whose speed is measured spills more than SPILL_LIMITS (a persistent one: more than a few
+constants). The arguments are those that launch.py passes: its launches are recorded instead of run.
 """
 
 from __future__ import annotations
@@ -45,15 +45,17 @@ from anymask.expr.trace import trace
 from anymask.kernels import hopper_launch, launch, map_launch
 from anymask.kernels import plan as planning
 from anymask.kernels.configs import SHARED_LIMITS, AnyConfig, HopperConfig
-from anymask.kernels.plan import (
+from anymask.kernels.footprint import (
     Need,
-    choose,
-    family_of,
     hopper_backward_shared_memory,
     hopper_dq_shared_memory,
     hopper_shared_memory,
-    kinds_of,
     shared_memory,
+)
+from anymask.kernels.plan import (
+    choose,
+    family_of,
+    kinds_of,
 )
 from anymask.problem import Problem
 
@@ -139,7 +141,7 @@ class Row:
     spills: int  # bytes on NVIDIA, registers on AMD
     is_serial: bool  # ptxas says that it serialised the wgmma products
     shared: int
-    estimate: int | None  # of shared memory, by plan.py
+    estimate: int | None  # of shared memory, by footprint.py
     error: str = ""
 
     @property

@@ -587,3 +587,9 @@ def test_only_mixed_tiles_are_evaluated_pair_by_pair(mask: Mask) -> None:
     for tile in ((64, 64), (128, 64)):
         counts = stages(mods.mask, program.bindings, Grid(1, 1, 2048, 2048, tile, torch.device("cpu")))
         assert counts["all points"] == counts["mixed"], counts
+
+
+def test_dense_in_float32_or_float64() -> None:
+    x = torch.tensor([0.1])  # a little more, and 3 times that is the float32 next to 0.3
+    mask = from_function(lambda b, h, q, k: x[q] * 3 > 0.3)
+    assert mask.to_dense(1, 1, 1, 1).item() and not mask.to_dense(1, 1, 1, 1, dtype=torch.float32).item()

@@ -25,7 +25,7 @@ LAYERS = (
 )
 PACKAGE = "api"  # the layer of `import anymask` itself, whose names come from all layers up to that one
 TRITON_FILES = {"kernels"}
-NO_TRITON = {"kernels.plan", "kernels.configs"}
+NO_TRITON = {"kernels.plan", "kernels.configs", "kernels.footprint"}
 SAME_LAYER_IS_CLOSED = {("kernels", "eager"), ("eager", "kernels"), ("reference", "blocks"), ("blocks", "masks")}
 
 # Doors: (importing module, imported module), allowed upwards, but only inside a function, so that importing the lower

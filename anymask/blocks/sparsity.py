@@ -64,4 +64,4 @@ def _spread(num: int, most: int) -> Tensor:
 
 
 def _keys(visited: Tensor, size: int, num_rows: int) -> float:
-    return int(visited.sum()) * size / max(num_rows, 1)
+    return int(visited.sum()) * size / num_rows

@@ -144,7 +144,7 @@ def lines_of(
     bounds = integer_bounds(nodes)
     names: dict[Expr, str] = {}
     lines: list[str] = []
-    column = near
+    is_hopper = near is not None
     if not any(map(_is_distance, nodes)):
         near = None
     if near:
@@ -169,13 +169,13 @@ def lines_of(
             if near:
                 args = _row_bound(node, names, near) or args
             scaled = _scaled(node.args[0] if node.op is Op.TANH else node) if is_ptx else None
-            if column and node.op is Op.TANH and len(axes(node)) == 2:
+            if is_hopper and node.op is Op.TANH and len(axes(node)) == 2:
                 x, factor = (names[scaled[0]], names[scaled[1]]) if scaled else (args[0], "1.0")
                 lines.append(f"{target} = tanh_of_tile({x}, {factor})")
             elif is_ptx and node.op is Op.TANH:
                 x, factor = (names[scaled[0]], names[scaled[1]]) if scaled else (args[0], "1.0")
                 lines += [f"{target}_part = tanh_part({x}, {factor})", f"{target} = 1 - 2 * {target}_part"]
-            elif scaled and scaled[0].op is Op.TANH and not column:
+            elif scaled and scaled[0].op is Op.TANH and not is_hopper:
                 lines.append(f"{target} = {args[1]} - 2 * {args[1]} * {args[0]}_part")
             elif node in kept:
                 lines.append(f'x = kept(x, other, {args[0]}, {args[1]}, "{PTX_COMPARISONS[node.op]}")')

@@ -313,7 +313,7 @@ LONE = HopperBackwardConfig(2, is_fused=False, num_consumers=1)
 HOPPER_BACKWARD_ROWS = (
     # us, 16 heads, S 16384, 2026-11-23: this / fused, persistent / portable: window 64 265 / 261 / 193, 256 270 / 279 /
     # 317, 17 and sinks 391 / 613 / 390; a neighbourhood in 3-D 285 / 296 / 284
-    HopperBackwardRow(64, 64, LONE, only="fine"),
+    HopperBackwardRow(64, 64, LONE, 512, only="fine"),
     # S 8192 491, 1024 375; 64 queries a step 461, 357; the portable one 368, 345. Persistent, and not, 2026-11-23: 475,
     # 477; 2048 417, 399; 1024 379, 364; 512 302, 275, the portable one 262
     HopperBackwardRow(

@@ -1,4 +1,4 @@
-"""A head dim as chunks of columns, whose widths are powers of two (plan.chunks): 96 = 64 + 32.
+"""A head dim as chunks of columns, whose widths are powers of two (footprint.chunks): 96 = 64 + 32.
 
 Of each chunk there is a TMA descriptor of the tensor, its own shared memory, and an accumulator.
 """

@@ -12,11 +12,11 @@ import torch
 from triton.experimental.gluon import language as gl
 
 from anymask.kernels.configs import HOPPER_REGISTERS, HopperBackwardConfig, HopperConfig, HopperDqConfig
+from anymask.kernels.footprint import chunks, padded
 from anymask.kernels.hopper_bwd import hopper_backward_kernel
 from anymask.kernels.hopper_dq import hopper_dq_kernel
 from anymask.kernels.hopper_fwd import hopper_forward_kernel
 from anymask.kernels.hopper_rows import dq_of_sum_kernel, rows_kernel
-from anymask.kernels.plan import chunks, padded
 from anymask.kernels.recipe import TENSOR, Descriptor, Layout, Recipe
 
 DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}

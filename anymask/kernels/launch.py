@@ -31,9 +31,10 @@ from anymask.kernels.configs import (
     HopperConfig,
     HopperDqConfig,
 )
+from anymask.kernels.footprint import padded
 from anymask.kernels.jit import jitted
 from anymask.kernels.map_launch import walks
-from anymask.kernels.plan import Plan, is_readable_by_tma, is_walked, padded, walk_shapes
+from anymask.kernels.plan import Plan, is_readable_by_tma, is_walked, walk_shapes
 from anymask.kernels.recipe import TENSOR, Layout, Outline, Recipe, bound, readable
 from anymask.kernels.triton_bwd import dkdv_kernel, dq_kernel
 from anymask.kernels.triton_fwd import forward_kernel

@@ -16,7 +16,6 @@ from anymask.blocks.sparsity import Sparsity, sparsity_of
 from anymask.errors import UnsupportedError
 from anymask.expr.bindings import Bindings
 from anymask.expr.emit import is_costly
-from anymask.expr.ir import DType, Op
 from anymask.expr.mods import Mods
 from anymask.kernels.configs import (
     FAMILIES,
@@ -33,6 +32,14 @@ from anymask.kernels.configs import (
     hopper_config,
     hopper_dq_config,
     lookup,
+)
+from anymask.kernels.footprint import (
+    Need,
+    chunks,
+    hopper_backward_shared_memory,
+    hopper_dq_shared_memory,
+    hopper_shared_memory,
+    shared_memory,
 )
 from anymask.problem import Problem
 
@@ -274,11 +281,6 @@ def is_walked(plan: Plan, kernel: str, has_mask: bool) -> bool:
     return has_mask or (kernel == "dkdv" and isinstance(plan.dkdv, Config))
 
 
-def padded(D: int) -> int:
-    """The head dim as kernels see it: the next power of two, at least 16."""
-    return max(16, 1 << (D - 1).bit_length())
-
-
 def family_of(arch: str) -> str:
     """The family whose limits and rows an architecture shares."""
     if arch.startswith("gfx"):
@@ -286,57 +288,6 @@ def family_of(arch: str) -> str:
     if arch in SHARED_LIMITS:
         return arch
     return FAMILIES.get(arch, "sm_86")  # an unknown NVIDIA device: the family that asks for least
-
-
-@dataclass(frozen=True)
-class Need:
-    """What decides how much shared memory tiles take. D, Dv: padded head dims.
-
-    per_index, per_pair: bytes that mods read from captured tensors for each query or key, and for each pair of both.
-    """
-
-    D: int
-    Dv: int
-    itemsize: int
-    family: str
-    per_index: int
-    per_pair: int
-
-    @staticmethod
-    def of(D: int, Dv: int, dtype: torch.dtype, mods: Mods, family: str) -> Need:
-        return Need(padded(D), padded(Dv), dtype.itemsize, family, *_read_bytes(mods))
-
-
-READ_BYTES = {DType.BOOL: 1, DType.INT32: 4, DType.INT64: 8, DType.FLOAT: 4}
-
-
-@functools.lru_cache(maxsize=4096)
-def _read_bytes(mods: Mods) -> tuple[int, int]:
-    per_index = per_pair = 0
-    for node in dict.fromkeys((*mods.mask.walk(), *mods.score.walk())):
-        if node.op is Op.LOAD:
-            if {"q_idx", "kv_idx"} <= node.indices():
-                per_pair += READ_BYTES[node.dtype]
-            else:
-                per_index += READ_BYTES[node.dtype]
-    return per_index, per_pair
-
-
-def shared_memory(kernel: str, config: Config, need: Need) -> int:
-    """Bytes of shared memory that a kernel needs at most; benchmarks/aot.py confirms it.
-
-    Held tiles (AMD keeps them in registers); per stage, at least two, the tiles that the loop reads; what mods read,
-    staged where there is a pipeline; P, and on sm_100 dS, as an operand of a product.
-    """
-    outer, inner = (config.BLOCK_KV, config.BLOCK_Q) if kernel == "dkdv" else (config.BLOCK_Q, config.BLOCK_KV)
-    pairs = config.BLOCK_Q * config.BLOCK_KV
-    held = outer * (need.D if kernel == "forward" else need.D + need.Dv) * need.itemsize
-    tiles = inner * (need.D + need.Dv) * need.itemsize
-    reads = (config.num_stages - 1) * (inner * (need.per_index + 8) + pairs * need.per_pair)
-    operands = pairs * need.itemsize * (4 if need.family == "sm_100" else 1)
-    if need.family == "gfx942":
-        return max(held, config.num_stages * tiles) + reads + operands + 2048
-    return held + max(2, config.num_stages) * tiles + reads + operands + 2048
 
 
 def _obstacle(problem: Problem, tile: tuple[int, int], arch: str) -> str | None:
@@ -405,28 +356,6 @@ def _stride_obstacle(shape: tuple[int, ...], strides: tuple[int, ...], itemsize:
     return None
 
 
-def chunks(D: int) -> tuple[int, ...]:
-    """Columns of the products that the Hopper forward makes of a head dim: one power of two, or two if that is less.
-
-    The second is not below a quarter of the first: a row of HOPPER_ROWS then fits all head dims up to its own.
-    """
-    first = 1 << (D.bit_length() - 1)
-    rest = max(padded(D - first), first // 4) if first < D else 0
-    return (first, rest) if first >= 16 and 0 < rest < first else (padded(D),)
-
-
-def hopper_shared_memory(config: HopperConfig, D: int, Dv: int) -> int:
-    """Bytes of shared memory that the Hopper forward needs at most: Q, out where it does not fit in Q's place, K, V.
-
-    A persistent one has the next row's Q and the last row's out.
-    """
-    of_q, of_out = chunks(D), chunks(Dv)
-    has_place = len(of_out) > len(of_q) or any(a > b for a, b in zip(of_out, of_q, strict=False))
-    D, Dv = sum(of_q), sum(of_out)
-    staged = 2 * D + Dv if config.is_persistent else D + (Dv if has_place else 0)
-    return 2 * (config.BLOCK_Q * staged + config.num_stages * config.BLOCK_KV * (D + Dv)) + 1024
-
-
 def _override_hopper(default: HopperConfig, wanted: Any, tile: tuple[int, int], D: int, Dv: int) -> HopperConfig:
     """The user's config of the Hopper forward, checked."""
     try:
@@ -453,26 +382,6 @@ def _override_hopper(default: HopperConfig, wanted: Any, tile: tuple[int, int], 
             f"config['forward']: {config} takes {size} bytes of shared memory of {limit}. Try fewer stages"
         )
     return config
-
-
-def hopper_backward_shared_memory(config: HopperBackwardConfig, D: int, Dv: int) -> int:
-    """Bytes of shared memory that the Hopper backward needs at most: K, V, stages of Q and dO with lse and delta; dS of
-    two or three steps, and dQ; P of two steps, where it is handed over.
-    """
-    block_q, block_kv = config.BLOCK_Q, config.BLOCK_KV
-    D, Dv = sum(chunks(D)), sum(chunks(Dv))
-    steps = 3 if block_q == 64 else 2
-    fused = steps * 2 * block_q * block_kv + 4 * block_q * D if config.is_fused else 0
-    handed = 2 * 2 * block_q * block_kv if config.is_split else 0
-    staged = config.num_stages * block_q * (2 * (D + Dv) + 8)
-    return 2 * block_kv * (D + Dv) + staged + fused + handed + 1024
-
-
-def hopper_dq_shared_memory(config: HopperDqConfig, D: int, Dv: int) -> int:
-    """Bytes of shared memory that the Hopper dQ needs at most: Q and dO, stages of V, of K one more."""
-    D, Dv = sum(chunks(D)), sum(chunks(Dv))
-    stages = config.BLOCK_KV * (config.num_v_stages * (D + Dv) + D)
-    return 2 * (config.BLOCK_Q * (D + Dv) + stages) + 1024
 
 
 def _is_hopper_backward(wanted: Any) -> bool:
@@ -528,11 +437,8 @@ def _hopper_backward(
             f"config['dkdv']: the Gluon backward takes num_stages from 1 to 3 and {limit} bytes of shared memory: "
             f"{chosen} would take {size}"
         )
-    return (
-        {"dkdv": chosen}
-        if "dq" in config
-        else {"dkdv": chosen, "dq": _hopper_dq_beside(chosen, problem, kinds_of(mods))}
-    )
+    of_dq = {} if "dq" in config else {"dq": _hopper_dq_beside(chosen, problem, kinds_of(mods))}
+    return {"dkdv": chosen, **of_dq}
 
 
 def _hopper_dq_beside(backward: HopperBackwardConfig, problem: Problem, kinds: frozenset[str]) -> HopperDqConfig | None:

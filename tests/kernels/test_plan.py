@@ -29,19 +29,21 @@ from anymask.kernels.configs import (
     HopperDqConfig,
     hopper_dq_config,
 )
-from anymask.kernels.plan import (
-    KERNELS,
+from anymask.kernels.footprint import (
     Need,
-    Plan,
-    choose,
     chunks,
-    default_tile,
-    family_of,
     hopper_backward_shared_memory,
     hopper_dq_shared_memory,
     hopper_shared_memory,
     padded,
     shared_memory,
+)
+from anymask.kernels.plan import (
+    KERNELS,
+    Plan,
+    choose,
+    default_tile,
+    family_of,
     tma_obstacle_of,
     walk_shapes,
 )

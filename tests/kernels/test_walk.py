@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from anymask.blocks.block_map import EMPTY, FULL, BlockMap
 from anymask.blocks.walk import Walk
-from anymask.kernels import map_launch
+from anymask.kernels import launch, map_launch
+from anymask.kernels.plan import Plan
 from anymask.kernels.tile import next_tile, open_row, start_of, work_of
 
 
@@ -134,6 +135,22 @@ def work_kernel(work_pointer, num_rows, num_heads, heads_together, TILE: tl.cons
     tl.store(work_pointer + program * 3, head)
     tl.store(work_pointer + program * 3 + 1, rank)
     tl.store(work_pointer + program * 3 + 2, part)
+
+
+def test_groups_of_heads_have_rows_for_a_gpu() -> None:
+    """A head of 8 MiB is alone where it has 128 rows; where a mask hides nothing each is."""
+    for shared_bytes, num_rows, head_bytes, together in (
+        (8 << 20, 64, 8 << 20, 2),
+        (8 << 20, 128, 8 << 20, 1),
+        (8 << 20, 128, 16 << 20, 1),
+        (8 << 20, 64, 1 << 20, 8),
+        (8 << 20, 1, 8 << 20, 40),
+        (0, 64, 8 << 20, 1),
+    ):
+        plan = Plan("triton", shared_bytes=shared_bytes)
+        for G in (1, 4):
+            arguments = launch._walk_arguments(None, 9, num_rows, 40 * G, G, head_bytes, plan)
+            assert arguments[-1] == together * G
 
 
 def test_programs_share_out_all_work_in_groups_of_heads() -> None:
