@@ -319,9 +319,10 @@ HOPPER_BACKWARD_ROWS = (
     HopperBackwardRow(
         64, 64, HopperBackwardConfig(2, is_fused=True, BLOCK_Q=128, is_persistent=True), 512, only="dense"
     ),
-    # 128 and 64 queries a step, 2026-11-23: causal S 16384 479, 461; 8192 480, 444
+    # 128 and 64 queries a step, 2026-11-23: causal S 16384 479, 461; 8192 480, 444; in six rounds each 4096 382 to 426,
+    # 291 to 403; 2048 336 to 375, 310 to 355; 1024 266 to 277, 241 to 270; a window of 1,024 312 to 331, 290 to 322
     HopperBackwardRow(
-        64, 64, HopperBackwardConfig(2, is_fused=True, BLOCK_Q=128, is_persistent=True), 4096, only="regular"
+        64, 64, HopperBackwardConfig(2, is_fused=True, BLOCK_Q=128, is_persistent=True), 1024, only="regular"
     ),
     # persistent, and not, 2026-11-23: causal S 8192 449, 437; 4096 397, 376; 1024 283, 254; 512 186, portable 159
     HopperBackwardRow(64, 64, HopperBackwardConfig(3, is_fused=True, is_persistent=True), 512, only="regular"),
