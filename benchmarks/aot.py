@@ -52,11 +52,7 @@ from anymask.kernels.footprint import (
     hopper_shared_memory,
     shared_memory,
 )
-from anymask.kernels.plan import (
-    choose,
-    family_of,
-    kinds_of,
-)
+from anymask.kernels.plan import choose, family_of, kinds_of
 from anymask.problem import Problem
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))

@@ -330,6 +330,8 @@ def test_the_faster_backward_is_taken() -> None:
         assert chosen.dkdv.is_persistent == (D != 48)
         for other in (plan(D, S, Dv, HEAVY), plan(D, max(S, 1024), Dv, ragged)):
             assert not (isinstance(other.dkdv, HopperBackwardConfig) and other.dkdv.is_persistent)
+    queries = [plan(64, S, mods=Mods(CAUSAL)).dkdv.BLOCK_Q for S in (512, 1023, 1024, 4096)]
+    assert queries == [64, 64, 128, 128]  # a step
     for apart in (plan(128, 100, deterministic=True), plan(192, 100, 128), plan(256, 100, deterministic=True)):
         assert isinstance(apart.dkdv, HopperBackwardConfig) and not apart.dkdv.is_fused
         assert isinstance(apart.dq, HopperDqConfig) and apart.dkdv.is_split == (apart.dkdv.BLOCK_KV == 64)
