@@ -10,7 +10,7 @@ dQ may be left to hopper_dq.py. Then consumers take turns, or there is one: half
 multiprocessor, one of which computes while the other begins or ends. And above head dim 128 two consumers share the
 work on 64 keys (hopper_split.py). A persistent program goes on with further tiles of keys, which come while its
 gradients leave.
-docs/notes/006-hopper-backward.md has why; hopper_rows.py what comes before and after.
+docs/notes/006-hopper-backward.md has why; hopper_rows.py what comes before, hopper_sum.py where dQ is added up.
 """
 
 import math
@@ -50,6 +50,7 @@ from anymask.kernels.hopper_step import (
     score_slope,
     store_chunks,
 )
+from anymask.kernels.hopper_sum import LINE, columns_of, lines_of
 from anymask.kernels.hopper_work import NUM_FIELDS, ROWS, find_works, load_tiles, taken_work, visit_of
 from anymask.kernels.record import record
 
@@ -110,7 +111,7 @@ class Shared:
     tiles: gl.shared_memory_descriptor  # [STAGES, 1] int32
     rows: gl.shared_memory_descriptor  # [STAGES, 1, 1, 2, BLOCK_Q] f32
     ds: gl.shared_memory_descriptor | gl.constexpr  # [NUM_CONSUMERS * STEPS, ROWS, BLOCK_Q]
-    dq: gl.tuple | gl.constexpr  # [NUM_CONSUMERS, 1, 1, ROWS, columns of a half] f32
+    dq: gl.tuple | gl.constexpr  # [NUM_CONSUMERS, 1, 1, lines, LINE] f32
     p: Handover | gl.constexpr
     exchange: Exchange | gl.constexpr  # of ds
 
@@ -144,7 +145,7 @@ def half_products(call, shared, i, zero, WARPGROUP: gl.constexpr):
 @gluon.jit
 def half_product(call, shared, step, zero, C: gl.constexpr, WARPGROUP: gl.constexpr):
     """Of chunk C."""
-    COLUMNS: gl.constexpr = shared.dq[C].shape[4]
+    COLUMNS: gl.constexpr = columns_of(call.dq[C])
     dq = accumulator(ROWS, COLUMNS)
     for consumer in gl.static_range(call.NUM_CONSUMERS):
         ds = shared.ds.index(consumer * steps_of_ds(call.BLOCK_Q) + step)
@@ -168,22 +169,33 @@ def give_ds(ds, call, shared, i, WARPGROUP: gl.constexpr):
 
 @gluon.jit
 def add_half(dq, call, work, where, shared, zero, WARPGROUP: gl.constexpr):
-    """dq, a half, is on its way to the sum of dQ. What this consumer added before has been read.
+    """dq, a half, is on its way to the sum of dQ (hopper_sum.py). What this consumer added before has been read.
 
     where: the head and the first query; past the end, nothing is added.
     """
     for c in gl.static_range(len(dq)):
-        shared.dq[c].index(WARPGROUP + zero).reshape(dq[c].shape).store(dq[c])
+        lines = lines_of(dq[c])
+        shared.dq[c].index(WARPGROUP + zero).reshape(lines.shape).store(lines)
     fence_async_shared()
     h, q_start = where
-    column = 0
+    tile = q_start // ROWS
+    if call.BLOCK_Q > ROWS:
+        tile += WARPGROUP
+    line = tile * lines_of_tile(call.q)
     for c in gl.static_range(len(dq)):
         place = shared.dq[c].index(WARPGROUP + zero)
         if call.BLOCK_Q > ROWS:
-            reduce_add(call.dq[c], [work.b, h, q_start + WARPGROUP * ROWS, column], place)
+            reduce_add(call.dq[c], [work.b, h, line, 0], place)
+            line += call.dq[c].block_type.shape[2]
         else:
-            reduce_add(call.dq[c], [work.b, h, q_start, column + WARPGROUP * dq[c].shape[1]], place)
-        column += call.q[c].block_type.shape[3]
+            reduce_add(call.dq[c], [work.b, h, line + WARPGROUP * call.dq[c].block_type.shape[2], 0], place)
+            line += 2 * call.dq[c].block_type.shape[2]
+
+
+@gluon.constexpr_function
+def lines_of_tile(chunks):
+    """Of ROWS queries in the sum of dQ."""
+    return sum(chunk.block_type.shape[3] for chunk in chunks) * ROWS // LINE
 
 
 @gluon.jit
@@ -284,7 +296,8 @@ def differentiate_work(call, shared, work, n, i, WARPGROUP: gl.constexpr):
         shared.k.wait(n * call.NUM_CONSUMERS + consumer)
     shared.v.wait(n * call.NUM_CONSUMERS + WARPGROUP)
     IS_LATE: gl.constexpr = is_late(call.BLOCK_Q)
-    last = (work.h_kv * call.G, call.Sq)  # dQ of the step before the first is anything: it is added nowhere
+    # dQ of the step before the first is anything: it is added nowhere, being that of the tile after the last
+    last = (work.h_kv * call.G, call.Sq + ROWS - 1)
     if shared.dq is not None and IS_LATE:
         shared.exchange.give(i + 1, WARPGROUP)  # as step i - 1
     if call.counter is not None:
@@ -377,7 +390,7 @@ def hopper_backward_kernel(
     dout,  # [B, Hq, Sq, DV]
     dout_rest,
     rows,  # [B, Hq, 2, Sq] f32: lse in base 2 and -delta, of hopper_rows.py
-    dq,  # [B, Hq, Sq, D] f32, in blocks of half the columns: dQ / scale is added to it; or None
+    dq,  # the sum of dQ, of hopper_sum.py, in blocks of a product: dQ / scale is added to it; or None
     dq_rest,
     dk,  # [B, Hkv, Skv, D]
     dk_rest,

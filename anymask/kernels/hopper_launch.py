@@ -16,12 +16,12 @@ from anymask.kernels.footprint import chunks, padded
 from anymask.kernels.hopper_bwd import hopper_backward_kernel
 from anymask.kernels.hopper_dq import hopper_dq_kernel
 from anymask.kernels.hopper_fwd import hopper_forward_kernel
-from anymask.kernels.hopper_rows import dq_of_sum_kernel, rows_kernel
+from anymask.kernels.hopper_rows import rows_kernel
+from anymask.kernels.hopper_sum import LINE, dq_of_sum_kernel
 from anymask.kernels.recipe import TENSOR, Descriptor, Layout, Recipe
 
 DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
 CONSUMER_ROWS = 64
-ROWS_BLOCK = 64  # queries of a program before and after the backward
 
 
 def forward_recipe(
@@ -91,10 +91,11 @@ def rows_recipe(
 ) -> Recipe:
     """For out, dout, lse, dlse if there is one, rows, the sum of dQ if the backward is fused."""
     B, Hq, Sq, Dv = out.shape
+    columns = sum(chunks(D))
     return Recipe(
         out.device,
         rows_kernel,
-        B * Hq * -(-Sq // ROWS_BLOCK),
+        B * Hq * -(-Sq // CONSUMER_ROWS),
         TENSOR,
         TENSOR,
         TENSOR,
@@ -106,10 +107,10 @@ def rows_recipe(
         rows.strides[2],
         Hq,
         Sq,
-        BLOCK_Q=ROWS_BLOCK,
-        D=D,
+        BLOCK_Q=CONSUMER_ROWS,
+        SUM_COLUMNS=columns,
+        SUM_PAD=padded(columns),
         DV=Dv,
-        D_PAD=padded(D),
         DV_PAD=padded(Dv),
         num_warps=4,
         **addressing,
@@ -124,9 +125,16 @@ def rows_layout(q: Layout) -> Layout:
 
 
 def sum_layout(q: Layout) -> Layout:
-    """[B, Hq, Sq, D] f32: what dQ is added up in."""
-    _, Hq, Sq, D = q.shape
-    return Layout(q.shape, (Hq * Sq * D, Sq * D, D, 1), torch.float32, q.device)
+    """[B, Hq, lines, LINE] f32: what dQ is added up in (hopper_sum.py), of tiles of CONSUMER_ROWS queries."""
+    B, Hq, Sq, D = q.shape
+    line = LINE.value
+    lines = -(-Sq // CONSUMER_ROWS) * CONSUMER_ROWS * sum(chunks(D)) // line
+    return Layout((B, Hq, lines, line), (Hq * lines * line, lines * line, line, 1), torch.float32, q.device)
+
+
+def sum_parts(config: HopperBackwardConfig) -> int:
+    """So many products make a chunk of a tile of the sum: consumers share dQ by columns, or else by queries."""
+    return 2 if config.BLOCK_Q == CONSUMER_ROWS else 1
 
 
 def backward_recipe(
@@ -157,7 +165,6 @@ def backward_recipe(
     if config.is_persistent:
         programs = min(programs, _num_multiprocessors(q.device))
         of_roles = (*of_roles, of_roles[-1])
-    column_parts = 2 if config.BLOCK_Q == CONSUMER_ROWS else 1  # consumers share dQ by columns, or else by rows
     return Recipe(
         q.device,
         hopper_backward_kernel,
@@ -167,7 +174,7 @@ def backward_recipe(
         *_descriptors(v, CONSUMER_ROWS),
         *_descriptors(dout, config.BLOCK_Q),
         _descriptor(rows_layout(q), (2, config.BLOCK_Q)),
-        *(_descriptors(sum_layout(q), CONSUMER_ROWS, column_parts) if config.is_fused else (None, None)),
+        *(_sum_descriptors(q, config) if config.is_fused else (None, None)),
         *_descriptors(dk, CONSUMER_ROWS),
         *_descriptors(dv, CONSUMER_ROWS),
         TENSOR if config.is_persistent else None,
@@ -247,32 +254,44 @@ def dq_recipe(
     )
 
 
-def dq_of_sum_recipe(dq: Layout, scale: float, addressing: dict[str, Any]) -> Recipe:
+def dq_of_sum_recipe(dq: Layout, scale: float, config: HopperBackwardConfig, addressing: dict[str, Any]) -> Recipe:
     """For the sum of dQ and dq."""
     B, Hq, Sq, D = dq.shape
+    parts = sum_parts(config)
     return Recipe(
         dq.device,
         dq_of_sum_kernel,
-        B * Hq * -(-Sq // ROWS_BLOCK),
+        B * Hq * -(-Sq // CONSUMER_ROWS),
         TENSOR,
         TENSOR,
         dq.strides,
         Hq,
         Sq,
         scale,
-        BLOCK_Q=ROWS_BLOCK,
+        PARTS=tuple(columns // parts for columns in chunks(D) for _ in range(parts)),
         D=D,
-        D_PAD=padded(D),
         num_warps=4,
         **addressing,
     )
 
 
-def _descriptors(x: Layout, rows: int, parts: int = 1) -> tuple[Descriptor, Descriptor | None]:
-    """x [B, H, S, D] in blocks of so many rows and of a part of the columns of each chunk of D."""
+def _descriptors(x: Layout, rows: int) -> tuple[Descriptor, Descriptor | None]:
+    """x [B, H, S, D] in blocks of so many rows and of the columns of each chunk of D."""
     first, *rest = chunks(x.shape[3])
-    others = [_descriptor(x, (rows, columns // parts), is_again=True) for columns in rest]
-    return _descriptor(x, (rows, first // parts)), others[0] if others else None
+    others = [_descriptor(x, (rows, columns), is_again=True) for columns in rest]
+    return _descriptor(x, (rows, first)), others[0] if others else None
+
+
+def _sum_descriptors(q: Layout, config: HopperBackwardConfig) -> tuple[Descriptor, Descriptor | None]:
+    """The sum of dQ in blocks of a product, of each chunk of D."""
+    shape, strides, *_ = sum_layout(q)
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=4)
+    blocks = [columns * CONSUMER_ROWS // sum_parts(config) // shape[3] for columns in chunks(q.shape[3])]
+    first, *others = [
+        Descriptor(list(shape), list(strides), [1, 1, lines, shape[3]], layout, is_again=i > 0)
+        for i, lines in enumerate(blocks)
+    ]
+    return first, others[0] if others else None
 
 
 def _descriptor(x: Layout, block: tuple[int, int], is_again: bool = False) -> Descriptor:

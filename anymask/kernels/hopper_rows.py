@@ -1,4 +1,4 @@
-"""Before and after the Hopper backward, in plain Triton: lse and delta of each row; dQ from where it was added up."""
+"""Before the Hopper backward, in plain Triton: lse and delta of each row, and the sum of dQ zeroed."""
 
 import triton
 import triton.language as tl
@@ -13,16 +13,16 @@ def rows_kernel(
     lse_pointer,  # [B, Hq, Sq] f32, contiguous
     dlse_pointer,  # the same, or None
     rows_pointer,  # [B, Hq, 2, Sq] f32: lse in base 2 (+inf for a row without keys: P = 0), -delta
-    sum_pointer,  # [B, Hq, Sq, D] f32, contiguous: to be 0; or None
+    sum_pointer,  # of dQ (hopper_sum.py), contiguous: to be 0; or None
     out_strides,
     dout_strides,
     row_stride,  # of rows: from lse to -delta
     Hq,
     Sq,
     BLOCK_Q: tl.constexpr,
-    D: tl.constexpr,
+    SUM_COLUMNS: tl.constexpr,  # of the sum
+    SUM_PAD: tl.constexpr,
     DV: tl.constexpr,
-    D_PAD: tl.constexpr,
     DV_PAD: tl.constexpr,
     ALIGN: tl.constexpr,
     WIDE: tl.constexpr,
@@ -49,30 +49,8 @@ def rows_kernel(
     tl.store(rows, tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E), mask=q_idx < Sq)
     tl.store(rows + row_stride, -delta, mask=q_idx < Sq)
     if sum_pointer is not None:
-        strides = (0, 0, D, 1)
-        zeros = tl.zeros([BLOCK_Q, D_PAD], tl.float32)
-        store_tile(sum_pointer + head.to(tl.int64) * Sq * D, zeros, q_start, Sq, strides, BLOCK_Q, D, D_PAD, 1, False)
-
-
-@triton.jit(do_not_specialize=["Hq", "Sq"])
-def dq_of_sum_kernel(
-    sum_pointer,  # [B, Hq, Sq, D] f32, contiguous
-    dq_pointer,  # [B, Hq, Sq, D]
-    dq_strides,
-    Hq,
-    Sq,
-    scale,
-    BLOCK_Q: tl.constexpr,
-    D: tl.constexpr,
-    D_PAD: tl.constexpr,
-    ALIGN: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    """dq = scale * sum. Grid: a program for each tile of each head."""
-    num_tiles = tl.cdiv(Sq, BLOCK_Q)
-    head = tl.program_id(0) // num_tiles
-    q_start = tl.program_id(0) % num_tiles * BLOCK_Q
-    strides = (0, 0, D, 1)
-    sums = load_tile(sum_pointer + head.to(tl.int64) * Sq * D, q_start, Sq, strides, BLOCK_Q, D, D_PAD, 1, False, True)
-    dq_pointer = head_pointer(dq_pointer, dq_strides, head // Hq, head % Hq, ALIGN)
-    store_tile(dq_pointer, sums * scale, q_start, Sq, dq_strides, BLOCK_Q, D, D_PAD, ALIGN, WIDE)
+        num_rows = num_tiles * BLOCK_Q
+        sum_pointer += head.to(tl.int64) * num_rows * SUM_COLUMNS
+        zeros = tl.zeros([BLOCK_Q, SUM_PAD], tl.float32)
+        strides = (0, 0, SUM_COLUMNS, 1)
+        store_tile(sum_pointer, zeros, q_start, num_rows, strides, BLOCK_Q, SUM_COLUMNS, SUM_PAD, 8, False)

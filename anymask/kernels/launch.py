@@ -588,7 +588,7 @@ def _hopper_backward_recipes(
     of_rows = _addressing(out.strides, dout.strides)
     rows_recipe = hopper_launch.rows_recipe(out, dout, rows, D, has_dlse, config.is_fused, of_rows)
     if config.is_fused:
-        dq = hopper_launch.dq_of_sum_recipe(made[0], scale, _addressing(made[0].strides))
+        dq = hopper_launch.dq_of_sum_recipe(made[0], scale, config, _addressing(made[0].strides))
     elif isinstance(plan.dq, HopperDqConfig):
         dq = _hopper_dq_recipe(alike, q, k, v, dout, made[0], bindings, wide)
     else:
@@ -604,7 +604,7 @@ def _hopper_backward_recipes(
             **_addressing(*strides, made[0].strides),
         )
         dq = _dq_recipe(alike, strides, made[0].strides, bindings, has_dlse, None, shared)
-    of_sum = tuple(q.shape) if config.is_fused else None
+    of_sum = hopper_launch.sum_layout(q).shape if config.is_fused else None
     return HopperRecipes(rows_recipe, dkdv, dq, [x[:2] for x in made], rows[:2], of_sum)
 
 

@@ -13,6 +13,8 @@ from anymask.errors import UnsupportedError
 from anymask.expr.mods import Mods, text_of
 from anymask.expr.trace import trace
 from anymask.kernels import hopper_launch, launch, plan
+from anymask.kernels.configs import HopperBackwardConfig
+from anymask.kernels.footprint import chunks
 from anymask.kernels.recipe import Layout, Recipe
 from anymask.problem import Problem, dense_like
 from anymask.testing import inputs
@@ -32,7 +34,8 @@ def test_rows(is_fused: bool, has_dlse: bool, D: int, Dv: int) -> None:
     q = Layout.of(torch.empty(B, Hq, Sq, D, dtype=torch.float16))
     layout = hopper_launch.rows_layout(q)
     memory = torch.full((B * Hq * 2 * layout.strides[2],), NAN)
-    rows, sums = memory.as_strided(layout.shape, layout.strides), torch.full((B, Hq, Sq, D), NAN)
+    rows = memory.as_strided(layout.shape, layout.strides)
+    sums = torch.full(hopper_launch.sum_layout(q).shape, NAN)
     recipe = hopper_launch.rows_recipe(
         Layout.of(out), Layout.of(dout), layout, D, has_dlse, is_fused, {"ALIGN": 1, "WIDE": False}
     )
@@ -46,12 +49,29 @@ def test_rows(is_fused: bool, has_dlse: bool, D: int, Dv: int) -> None:
     assert bool((sums == 0).all()) == is_fused
 
 
-@pytest.mark.parametrize("D", [64, 72])
-def test_dq_of_its_sum(D: int) -> None:
+@pytest.mark.parametrize("BLOCK_Q", [64, 128])
+@pytest.mark.parametrize("D", [8, 64, 72])
+def test_dq_of_its_sum(D: int, BLOCK_Q: int) -> None:
+    """Of each product, by columns or by queries, a warp has 16 rows, and a thread two pairs of neighbours at a time."""
     B, Hq, Sq = 2, 3, 70
-    sums, dq = torch.randn(B, Hq, Sq, D), torch.full((B, Sq, Hq, D), NAN, dtype=torch.float16).transpose(1, 2)
-    hopper_launch.dq_of_sum_recipe(Layout.of(dq), 0.5, {"ALIGN": 8, "WIDE": False})(sums, dq)
-    assert torch.equal(dq, (sums * 0.5).half())
+    dq = torch.full((B, Sq, Hq, D), NAN, dtype=torch.float16).transpose(1, 2)
+    config = HopperBackwardConfig(num_stages=2, is_fused=True, BLOCK_Q=BLOCK_Q)
+    sums = torch.randn(hopper_launch.sum_layout(Layout.of(dq)).shape)
+    recipe = hopper_launch.dq_of_sum_recipe(Layout.of(dq), 0.5, config, {"ALIGN": 8, "WIDE": False})
+    recipe(sums, dq)
+    parts = 2 if BLOCK_Q == 64 else 1
+    products = [columns // parts for columns in chunks(D) for _ in range(parts)]
+    tiles = sums.reshape(B, Hq, 2, 64 * sum(products))
+    expected = torch.empty(B, Hq, 2, 64, sum(products))
+    first = 0
+    for columns in products:
+        for row in range(64):
+            for column in range(columns):
+                thread = row // 16 * 32 + row % 8 * 4 + column % 8 // 2
+                place = 64 * first + (column // 8 * 128 + thread) * 4 + row // 8 % 2 * 2 + column % 2
+                expected[..., row, first + column] = tiles[..., place]
+        first += columns
+    assert torch.equal(dq, (expected.reshape(B, Hq, 128, -1)[:, :, :Sq, :D] * 0.5).half())
 
 
 Launch = tuple[str, tuple[Tensor, ...]]
@@ -120,7 +140,7 @@ def test_what_is_started(
     if is_fused:
         sums = second[5]
         assert sums is first[4] and sums is third[0] and third[1] is gradients[0]
-        assert sums.dtype == torch.float32 and sums.shape == q.shape and sums.is_contiguous()
+        assert sums.dtype == torch.float32 and sums.shape == (2, 4, 2 * 64 * 64 // 256, 256) and sums.is_contiguous()
     elif of_dq:
         assert third[6] is gradients[0]
     else:
