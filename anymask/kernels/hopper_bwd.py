@@ -206,6 +206,7 @@ def gradient_step(i, last, dk, dv, call, work, h, shared, IS_MASKED: gl.constexp
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, call.BLOCK_Q, 16])
     DTYPE: gl.constexpr = call.q[0].dtype
     IS_LATE: gl.constexpr = is_late(call.BLOCK_Q)
+    READS_EARLY: gl.constexpr = call.BLOCK_Q == ROWS  # with more queries there are no registers for it
     # 0, but the compiler can't know: so it computes anew, each step, where tiles that stay the same lie, and their
     # addresses take no registers
     zero = i >> 30
@@ -215,6 +216,10 @@ def gradient_step(i, last, dk, dv, call, work, h, shared, IS_MASKED: gl.constexp
     zeros = gl.zeros([ROWS, call.BLOCK_Q], gl.float32, S_LAYOUT)
     shared.q.wait(i)
     less_delta = copies(row_vector(call, shared, i, 1, S_LAYOUT), zeros)
+    if READS_EARLY:
+        # what is read of shared memory behind products that were issued comes when the last of them has begun
+        q_start = first_query(call, shared, i)
+        lse_log2 = row_vector(call, shared, i, 0, S_LAYOUT)
     if call.HAS_TURNS:
         shared.dout.wait(i)
         wait_turn(WARPGROUP)
@@ -227,8 +232,9 @@ def gradient_step(i, last, dk, dv, call, work, h, shared, IS_MASKED: gl.constexp
     dp = product_of_columns(v, dout, less_delta, True)
     if call.HAS_TURNS:
         pass_turn(WARPGROUP, call.NUM_CONSUMERS)
-    q_start = first_query(call, shared, i)
-    lse_log2 = row_vector(call, shared, i, 0, S_LAYOUT)
+    if not READS_EARLY:
+        q_start = first_query(call, shared, i)
+        lse_log2 = row_vector(call, shared, i, 0, S_LAYOUT)
     s = warpgroup_mma_wait(len(v), deps=[s])
     q_idx, kv_idx = indices(call, q_start, work.kv_start + WARPGROUP * ROWS, S_LAYOUT)
     p = probability(s, lse_log2, call, work, h, q_idx, kv_idx, IS_MASKED)

@@ -144,10 +144,10 @@ def load_queries(call, shared, work, n, i):
                 shared.q.wait_empty(i)
                 if call.counter is not None and g == call.G - 1 and i == wanted:
                     shared.works.want()
-                full = shared.q.begin(i, bytes_of(call.q) + call.rows.block_type.nbytes)
                 stage = i % shared.q.STAGES
-                # so consumers need no walk; the barrier of dout, whose load begins after this, tells them of it
+                # so consumers need no walk; the barrier of q tells them of it
                 write_number(shared.tiles.index(stage), q_start // call.BLOCK_Q)
+                full = shared.q.begin(i, bytes_of(call.q) + call.rows.block_type.nbytes)
                 begin_load(call.rows, [work.b, visit.h, 0, q_start], full, shared.rows.index(stage))
                 shared.q.fill(i, call.q, work.b, visit.h, q_start, full)
                 shared.dout.load(i, call.dout, work.b, visit.h, q_start)
