@@ -8,7 +8,7 @@
 Exits with 1 where a kernel does not compile, needs more shared memory than the device has or than footprint.py
 estimates, where ptxas serialises the products of a case whose speed is measured or of any Hopper kernel, or where a
 Hopper kernel of a case whose speed is measured spills more than SPILL_LIMITS (a persistent one: more than a few
-constants). The arguments are those that launch.py passes: its launches are recorded instead of run.
+constants). The arguments are those that recipes.py passes: its launches are recorded instead of run.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from anymask.errors import UnsupportedError
 from anymask.expr.interval import Grid
 from anymask.expr.mods import Mods, text_of
 from anymask.expr.trace import trace
-from anymask.kernels import hopper_launch, launch, map_launch
+from anymask.kernels import hopper_launch, launch, map_launch, recipes
 from anymask.kernels import plan as planning
 from anymask.kernels.configs import SHARED_LIMITS, AnyConfig, HopperConfig
 from anymask.kernels.footprint import (
@@ -264,7 +264,7 @@ class Recorder:
     """Within it, a launch only notes down its arguments: calls[name] = (kernel, args, kwargs)."""
 
     def __init__(self) -> None:
-        kernels = vars(launch) | vars(map_launch) | vars(hopper_launch)
+        kernels = vars(recipes) | vars(map_launch) | vars(hopper_launch)
         self.kernels = {name: kernels[f"{name}_kernel"] for name in KERNELS}
         names = ("hopper_forward", "rows", "dq_of_sum", "hopper_backward", "hopper_dq")
         self.kernels |= {name: kernels[f"{name}_kernel"] for name in names}

@@ -329,11 +329,11 @@ def outcome(tensors: tuple[Tensor, ...], mask: Any) -> tuple[Tensor, ...]:
 
 
 def forget_recipes() -> None:
-    from anymask.kernels import launch, map_launch
+    from anymask.kernels import likeness, map_launch, recipes
 
     clear_cache()
-    recipes = (launch._forward_recipe, launch._backward_recipes, launch._hopper_backward_recipes)
-    for kept in (launch.likeness, *recipes, map_launch._walk_recipes, map_launch._classify_recipe):
+    made = (recipes.forward_recipe, recipes.backward_recipes, recipes.hopper_backward_recipes)
+    for kept in (likeness.likeness, *made, map_launch._walk_recipes, map_launch._classify_recipe):
         kept.cache_clear()
 
 
@@ -361,12 +361,12 @@ def test_a_warm_call_launches_without_asking_triton_again(monkeypatch: pytest.Mo
     """And tells hooks of it, as a profiler sets them."""
     from triton import knobs
 
-    from anymask.kernels import hopper_launch, launch
+    from anymask.kernels import hopper_launch, recipes
 
     call = next(changing_calls(64))
     outcome(*call)
-    forward = hopper_launch.hopper_forward_kernel if IS_HOPPER else launch.forward_kernel
-    for kernel in (forward, launch.dq_kernel, launch.dkdv_kernel):
+    forward = hopper_launch.hopper_forward_kernel if IS_HOPPER else recipes.forward_kernel
+    for kernel in (forward, recipes.dq_kernel, recipes.dkdv_kernel):
         monkeypatch.setattr(kernel, "run", lambda *args, **options: pytest.fail("an ordinary launch"))
     outcome(*call)
     monkeypatch.undo()

@@ -24,7 +24,7 @@ from anymask import (
     sliding_window,
     softcap,
 )
-from anymask.kernels import launch, map_launch
+from anymask.kernels import likeness, map_launch, recipes
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter; tests/test_gpu.py has its own")
 KERNELS = ("forward", "dq", "dkdv", "walk", "order")
@@ -44,7 +44,8 @@ def results(tensors: tuple[Tensor, ...], **call: Any) -> list[Tensor]:
 
 def forget() -> None:
     clear_cache()
-    for kept in (launch.likeness, launch._forward_recipe, launch._backward_recipes, map_launch._walk_recipes):
+    made = (recipes.forward_recipe, recipes.backward_recipes, map_launch._walk_recipes)
+    for kept in (likeness.likeness, *made):
         kept.cache_clear()
 
 
@@ -59,7 +60,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
         return tuple(map(described, x)) if isinstance(x, tuple) else (type(x), x)
 
     for name in KERNELS:
-        kernel = (vars(launch) | vars(map_launch))[f"{name}_kernel"]
+        kernel = (vars(recipes) | vars(map_launch))[f"{name}_kernel"]
 
         def note(*args: Any, name: str = name, **options: Any) -> None:
             seen.append((name, described(args), options))

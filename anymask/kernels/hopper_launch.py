@@ -1,6 +1,6 @@
 """What the Hopper kernels are started with.
 
-launch.py imports this only where the plan wants one: it imports Gluon.
+recipes.py imports this only where the plan wants one: it imports Gluon.
 """
 
 from __future__ import annotations

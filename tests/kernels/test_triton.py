@@ -16,7 +16,7 @@ from anymask.blocks.build import build
 from anymask.expr.bindings import Bindings
 from anymask.expr.mods import Mods, text_of
 from anymask.expr.trace import trace
-from anymask.kernels import launch
+from anymask.kernels import launch, recipes
 from anymask.kernels.configs import Config
 from anymask.kernels.plan import Plan, arch_of, choose
 from anymask.problem import Problem
@@ -168,10 +168,10 @@ def test_derivative_does_not_matter_where_hidden() -> None:
 
 def test_wide_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
     """The 64-bit variants of the address arithmetic give the same."""
-    addressing = launch._addressing
-    monkeypatch.setattr(launch, "_addressing", lambda *strides: addressing(*strides) | {"WIDE": True})
-    launch._forward_recipe.cache_clear()
-    launch._backward_recipes.cache_clear()
+    addressing = recipes.addressing
+    monkeypatch.setattr(recipes, "addressing", lambda *strides: addressing(*strides) | {"WIDE": True})
+    recipes.forward_recipe.cache_clear()
+    recipes.backward_recipes.cache_clear()
     compute(causal(), None, inputs(1, 2, 1, 40, 40, 24, 16, torch.float32, DEVICE))
     assert Bindings((torch.empty_strided((2, 2**31), (2**31, 1), device="meta"),)).wide_slots() == {0}
     assert not addressing((2**40, 2**40, 0, 0))["WIDE"] and addressing((1, 1, 2**23, 1))["WIDE"]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from anymask.blocks.block_map import EMPTY, FULL, BlockMap
 from anymask.blocks.walk import Walk
-from anymask.kernels import launch, map_launch
+from anymask.kernels import map_launch, recipes
 from anymask.kernels.plan import Plan
 from anymask.kernels.tile import next_tile, open_row, start_of, work_of
 
@@ -149,7 +149,7 @@ def test_groups_of_heads_have_rows_for_a_gpu() -> None:
     ):
         plan = Plan("triton", shared_bytes=shared_bytes)
         for G in (1, 4):
-            arguments = launch._walk_arguments(None, 9, num_rows, 40 * G, G, head_bytes, plan)
+            arguments = recipes.walk_arguments(None, 9, num_rows, 40 * G, G, head_bytes, plan)
             assert arguments[-1] == together * G
 
 
