@@ -277,7 +277,7 @@ class _Writer:
             by_home.setdefault(self.home(register), []).append(self.variable(register))
         for home, names in by_home.items():
             head.append(f"    {' = '.join(names)} = UNDEFINED_{home}")
-        head += ["    pc = 0", "    while True:"]
+        head += ["    yield", "    pc = 0", "    while True:"]
         self.lines[:0] = head
         self.of_line[:0] = [self.now] * len(head)
 
@@ -389,7 +389,7 @@ class _Writer:
         if isinstance(target, tuple):  # unpack
             size = SIZES[parts[0]] // len(target)
             assert not x.guard, str(x)
-            self.line(f"parts = {self.value(source, '')}.view(u{size}).reshape(32, {len(target)})")
+            self.line(f"parts = np.ascontiguousarray({self.value(source, '')}).view(u{size}).reshape(32, {len(target)})")
             for i, part in enumerate(target):
                 self.assign(part, f"parts[:, {i}]", f"u{size}")
         elif isinstance(source, tuple):
@@ -400,10 +400,11 @@ class _Writer:
             self.assign(target, f"w.parameters[{found[1]}]", "i8")  # a handle of the tensor map
         elif parts[0] == "pred":
             self.assign(target, self.value(source, "pred"), "pred")
+        elif str(source).startswith("%") and not self.kernel.is_register(str(source)):
+            self.assign(target, self.value(source, "i4"), "i4")  # %tid.x and the like
         else:
             self.join(target, source)
-            home = self.home(str(target))
-            self.assign(target, self.value(source, home if str(source)[0] != "%" or self.kernel.is_register(source) else "i4"), "")
+            self.assign(target, self.value(source, self.home(str(target))), "")
 
     def _write_cvta(self, x: Instruction, parts: list[str]) -> None:
         assert parts[0] in ("param", "to"), str(x)
