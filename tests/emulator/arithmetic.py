@@ -27,7 +27,9 @@ ZERO, ZERO_U4, ONE = _constant(0, i4), _constant(0, u4), _constant(1, f4)
 TRUE, FALSE, FIRST_LANE = _constant(True, bool), _constant(False, bool), _constant(np.arange(32) == 0, bool)
 SMALLEST = f4(2.0**-126)
 # what a register holds before it is written: nan, and a number that lies in no memory
-UNDEFINED_u4, UNDEFINED_u8, UNDEFINED_u2 = (_constant(0x7FC0DEAD % 2**bits, kind) for bits, kind in ((32, u4), (64, u8), (16, u2)))
+UNDEFINED_u4, UNDEFINED_u8, UNDEFINED_u2 = (
+    _constant(0x7FC0DEAD % 2**bits, kind) for bits, kind in ((32, u4), (64, u8), (16, u2))
+)
 UNDEFINED_i4, UNDEFINED_f4 = UNDEFINED_u4.view(i4), UNDEFINED_u4.view(f4)
 UNDEFINED_i8, UNDEFINED_f8, UNDEFINED_i2 = UNDEFINED_u8.view(i8), UNDEFINED_u8.view(f8), UNDEFINED_u2.view(i2)
 UNDEFINED_f2, UNDEFINED_pred = UNDEFINED_u2.view(f2), FALSE
@@ -117,7 +119,7 @@ def lanes_of_idx(b: Array, c: int) -> Array:
 
 def lanes_of_up(b: Array, c: int) -> Array:
     assert c == 0, c
-    return np.where(LANES >= b, LANES - b, LANES)
+    return np.where(b <= LANES, LANES - b, LANES)
 
 
 def lanes_of_down(b: Array, c: int) -> Array:

@@ -1,26 +1,35 @@
-"""run_emulated: a forward and a backward of the plan for a Hopper GPU, emulated, against the float64 reference."""
+"""run_emulated: a forward and a backward of the plan for a Hopper GPU, emulated, against the float64 reference.
+
+Case: the arguments of one such run, by name. CASES cover the Hopper kernels; zoo() are all masks and score functions.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 
-from anymask import block_map
+from anymask import block_map, softcap
 from anymask.expr.mods import Mods, text_of
 from anymask.expr.trace import trace
-from anymask.kernels import launch
+from anymask.kernels import hopper_launch, launch
 from anymask.kernels import plan as planning
 from anymask.problem import Problem
 from anymask.testing import check, inputs
+from tests.cases import MASKS, SCORES, Sizes
 from tests.emulator.launch import Emulator
 from tests.plain import expected
+from tests.test_hopper import APART, BACKWARDS, FUSED, LONE, PERSISTENT, WIDE, WIDE_PERSISTENT
 
 # Whether or not the kernels have run with it on a GPU.
 planning.GLUON_VERSIONS = (".".join(triton.__version__.split(".")[:2]),)
+# So few that a persistent program works on several tiles. Blocks run one after the other: the first takes most.
+NUM_MULTIPROCESSORS = 3
+hopper_launch._num_multiprocessors = lambda device: NUM_MULTIPROCESSORS
 
 
 def run_emulated(
@@ -64,3 +73,60 @@ def run_emulated(
     finally:
         torch.use_deterministic_algorithms(False)
     return check((out, lse, *gradients), exact, rounded), emulator
+
+
+@dataclass(frozen=True)
+class Case:
+    """mask, score: of the zoo, "" for none; score may also be a cap.  sizes: B, Hq, Hkv, Sq, Skv, D, Dv."""
+
+    mask: str
+    score: str | float
+    sizes: tuple[int, ...]
+    config: Mapping[str, Any] | None = None
+    tile: int = 64
+    dtype: torch.dtype = torch.bfloat16
+    deterministic: bool | None = None
+
+    def run(self, seed: int) -> tuple[dict[str, float], Emulator]:
+        B, Hq, _, Sq, Skv = self.sizes[:5]
+        sizes = Sizes(B, Hq, Sq, Skv)
+        mask = MASKS[self.mask](sizes) if self.mask else None
+        score = softcap(self.score) if isinstance(self.score, float) else self.score and SCORES[self.score](sizes)
+        options = {"config": self.config, "tile": self.tile, "deterministic": self.deterministic}
+        return run_emulated(mask, score or None, self.sizes, self.dtype, seed=seed, **options)
+
+
+FORWARD: dict[str, Any] = {"forward": {"is_persistent": True}}
+CASES = {
+    "unmasked_64_wide": Case("", "", (1, 2, 1, 333, 290, 64, 64), WIDE),
+    "causal_64_fused": Case("causal_bottom_right", "", (1, 4, 2, 333, 290, 64, 64), FUSED),
+    "causal_64_wide_persistent": Case(
+        "causal_bottom_right", "", (1, 4, 2, 333, 290, 64, 64), WIDE_PERSISTENT | FORWARD
+    ),
+    "window_64_192_queries": Case("window", "", (1, 2, 2, 500, 400, 64, 64), {"forward": {"BLOCK_Q": 192}}),
+    "nothing_64": Case("nothing", "", (1, 2, 1, 150, 140, 64, 64), APART),
+    "unmasked_128_apart": Case("", "", (1, 2, 2, 256, 384, 128, 128), APART, 128),
+    "documents_128_persistent": Case("documents_causal", "", (2, 2, 1, 333, 290, 128, 128), PERSISTENT | FORWARD),
+    "documents_128_lone": Case("documents_unsorted_padded", "", (2, 2, 1, 333, 290, 128, 128), LONE, 64, torch.float16),
+    "tree_128_fused": Case("tree", "", (1, 2, 2, 333, 290, 128, 128), FUSED, 128),
+    "tensor_128_deterministic": Case("random_tensor", "", (1, 2, 1, 200, 170, 128, 128), deterministic=True),
+    "capped_128_64_fused": Case("causal_top_left", 3.0, (1, 2, 1, 200, 170, 128, 64), FUSED, 128),
+    "biased_64_128_apart": Case("", "capped_and_biased", (1, 2, 1, 200, 170, 64, 128), APART, 128),
+    "causal_96_fused": Case("causal_top_left", "", (1, 2, 1, 300, 270, 96, 96), FUSED, 128),
+    "causal_72_112_lone": Case("causal_top_left", "", (1, 2, 1, 200, 170, 72, 112), LONE, 128),
+    "causal_192_128": Case("causal_top_left", "", (1, 2, 1, 300, 270, 192, 128), tile=128),
+    "flashmask_256": Case("flashmask", "", (1, 1, 1, 200, 170, 256, 256), tile=128),
+    "one_query": Case("", "", (2, 2, 1, 1, 200, 128, 128), PERSISTENT),
+}
+
+
+def zoo() -> Iterator[tuple[str, Case]]:
+    """As tests/test_hopper.py on a GPU."""
+    for i, name in enumerate(MASKS):
+        D, dtype, tile = ((64, torch.bfloat16, 64), (128, torch.float16, 128))[i % 2]
+        config = BACKWARDS[i // 2 % 4]
+        yield name, Case(name, "", (2, 4, 2, 333, 290, D, D), config, tile, dtype)
+    for i, name in enumerate(SCORES):
+        for j, mask in enumerate(("", "causal_top_left")):
+            config = BACKWARDS[(i + j) % 4]
+            yield f"{name} {mask}", Case(mask, name, (2, 4, 2, 200, 170, 128, 64), config, 128)

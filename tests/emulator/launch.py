@@ -26,7 +26,17 @@ from tests.emulator.translate import Program, program_of
 
 TARGET = GPUTarget("cuda", 90, 32)
 FIRST_HANDLE = 0x7F00_0000_0000_0000  # of tensor maps: in no memory
-DTYPES = {"i1": "i1", "i8": "i1", "u8": "u1", "i16": "i2", "u16": "u2", "i32": "i4", "u32": "u4", "i64": "i8", "u64": "u8"}
+DTYPES = {
+    "i1": "i1",
+    "i8": "i1",
+    "u8": "u1",
+    "i16": "i2",
+    "u16": "u2",
+    "i32": "i4",
+    "u32": "u4",
+    "i64": "i8",
+    "u64": "u8",
+}
 DTYPES |= {"fp32": "f4", "fp64": "f8"}
 
 
@@ -62,7 +72,9 @@ class Emulator:
         program, metadata, signature, bound = compiled(kernel, args, options)
         assert not metadata.global_scratch_size and not metadata.profile_scratch_size
         flat = list(_flat(signature, bound))
-        memory = Memory([x.base if sort.startswith("tensordesc") else x for sort, x in flat if not isinstance(x, int | float)])
+        memory = Memory(
+            [x.base if sort.startswith("tensordesc") else x for sort, x in flat if not isinstance(x, int | float)]
+        )
         maps: dict[int, TensorMap] = {}
         metas = iter(metadata.tensordesc_meta or ())
         parameters: list[Any] = []
@@ -110,7 +122,9 @@ def _without_machine_code(backend: Any, stages: dict[str, Any], *_: Any) -> None
 
 def _flat(signature: Any, values: Any) -> Iterator[tuple[str, Any]]:
     """What a compiled kernel takes, in order: tuples flattened, without constants."""
-    for sort, value in zip(signature.values() if isinstance(signature, dict) else signature, _values(values), strict=True):
+    for sort, value in zip(
+        signature.values() if isinstance(signature, dict) else signature, _values(values), strict=True
+    ):
         if isinstance(sort, tuple):
             yield from _flat(sort, value)
         elif sort != "constexpr":
@@ -138,5 +152,3 @@ def _of_all_lanes(x: Any) -> Any:
         raise NotImplementedError(f"a parameter of {array.dtype.itemsize} bytes")
     array.flags.writeable = False
     return array.view(f"i{array.dtype.itemsize}")
-
-

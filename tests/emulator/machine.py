@@ -15,7 +15,7 @@ import numpy as np
 
 from tests.emulator import tensor_core, tma
 from tests.emulator.arithmetic import LANES, EmulatorError, u1, u4
-from tests.emulator.barriers import Meeting, MBarrier
+from tests.emulator.barriers import MBarrier, Meeting
 from tests.emulator.memory import Memory
 from tests.emulator.shadow import NUM_BARRIERS, Race, Shadow
 from tests.emulator.translate import Program

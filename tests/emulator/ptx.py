@@ -144,7 +144,9 @@ def _local_labels(text: str, position: int, line: int) -> dict[str, str]:
     while depth:
         depth += {"{": 1, "}": -1}.get(text[end], 0)
         end += 1
-    return {name: f"{name}_{line}_{position}" for name in re.findall(r"(?m)^\s*([A-Za-z]\w*):(?!:)", text[position:end])}
+    return {
+        name: f"{name}_{line}_{position}" for name in re.findall(r"(?m)^\s*([A-Za-z]\w*):(?!:)", text[position:end])
+    }
 
 
 def _parts(text: str) -> list[str]:

@@ -20,7 +20,9 @@ from tests.emulator import arithmetic
 from tests.emulator.ptx import Address, Instruction, Kernel, Operand, Place
 
 # By the type of an instruction. "b" types say nothing about how bits are read: integers.
-DTYPES = {f"{ptx}{bits}": f"{letter}{bits // 8}" for bits in (8, 16, 32, 64) for ptx, letter in zip("sub", "iui", strict=True)}
+DTYPES = {
+    f"{ptx}{bits}": f"{letter}{bits // 8}" for bits in (8, 16, 32, 64) for ptx, letter in zip("sub", "iui", strict=True)
+}
 DTYPES |= {"f32": "f4", "f64": "f8", "f16": "f2", "pred": "pred"}
 SIZES = {"b16": 2, "b32": 4, "b64": 8, "f32": 4, "f64": 8, "u16": 2, "u32": 4, "s32": 4, "u64": 8, "s64": 8}
 
@@ -128,7 +130,9 @@ class _Writer:
 
     def join(self, *operands: Operand) -> None:
         """These have one home, if it can be."""
-        roots = list(dict.fromkeys(self._root(x) for x in operands if isinstance(x, str) and self.kernel.is_register(x)))
+        roots = list(
+            dict.fromkeys(self._root(x) for x in operands if isinstance(x, str) and self.kernel.is_register(x))
+        )
         for root in roots[1:]:
             self.parent[root] = roots[0]
 
@@ -308,7 +312,10 @@ class _Writer:
             values = [*[self.value(s, dtype) for s in sources[:2]], self.value(sources[2], "pred")]
         elif name in ("shl", "shr"):
             shift = self.value(sources[1], "i4") if self.kernel.is_register(str(sources[1])) else None
-            values = [self.value(sources[0], dtype), f"{shift}.astype({dtype})" if shift else self.value(sources[1], dtype)]
+            values = [
+                self.value(sources[0], dtype),
+                f"{shift}.astype({dtype})" if shift else self.value(sources[1], dtype),
+            ]
         elif name == "bfe":
             values = [self.value(sources[0], dtype), *[self.value(s, "i4") for s in sources[1:]]]
         elif name == "lop3":
@@ -389,7 +396,9 @@ class _Writer:
         if isinstance(target, tuple):  # unpack
             size = SIZES[parts[0]] // len(target)
             assert not x.guard, str(x)
-            self.line(f"parts = np.ascontiguousarray({self.value(source, '')}).view(u{size}).reshape(32, {len(target)})")
+            self.line(
+                f"parts = np.ascontiguousarray({self.value(source, '')}).view(u{size}).reshape(32, {len(target)})"
+            )
             for i, part in enumerate(target):
                 self.assign(part, f"parts[:, {i}]", f"u{size}")
         elif isinstance(source, tuple):
@@ -476,7 +485,9 @@ class _Writer:
         kind, count = parts[-1], self._count(parts)
         dtype, targets = DTYPES[kind], targets if isinstance(targets, tuple) else (targets,)
         size = int(dtype[1])
-        self.line(f"loaded = w.load_{space}({self._address(address)}, {size}, {count}, {self.guard()}, {len(self.places) - 1})")
+        self.line(
+            f"loaded = w.load_{space}({self._address(address)}, {size}, {count}, {self.guard()}, {len(self.places) - 1})"
+        )
         for i, target in enumerate(targets):
             register = self.home(str(target)) if target != "_" else "i4"
             if size == int(register[1]):
@@ -493,7 +504,9 @@ class _Writer:
         sources = sources if isinstance(sources, tuple) else (sources,)
         dtype = f"u{DTYPES[kind][1]}"
         values = [self.value(s, dtype) for s in sources]
-        arguments = f"{self._address(address)}, {dtype[1]}, ({', '.join(values)},), {self.guard()}, {len(self.places) - 1}"
+        arguments = (
+            f"{self._address(address)}, {dtype[1]}, ({', '.join(values)},), {self.guard()}, {len(self.places) - 1}"
+        )
         self.line(f"w.store_{self._space(parts)}({arguments})")
 
     def _write_atom(self, x: Instruction, parts: list[str]) -> None:
@@ -528,7 +541,9 @@ class _Writer:
         assert parts[:3] == ["sync", "aligned", "m8n8"] and not x.guard, str(x)
         targets, address = x.operands
         is_transposed = "trans" in parts
-        self.line(f"loaded = w.load_matrices({self._address(address)}, {len(targets)}, {is_transposed}, {len(self.places) - 1})")
+        self.line(
+            f"loaded = w.load_matrices({self._address(address)}, {len(targets)}, {is_transposed}, {len(self.places) - 1})"
+        )
         for i, target in enumerate(targets):
             self.assign(target, f"loaded[{i}]", "u4")
 
