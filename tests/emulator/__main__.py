@@ -3,6 +3,7 @@
     python -m tests.emulator                    the cases of tests/emulator/attention.py
     python -m tests.emulator --all              every mask and score function of the zoo, as on a GPU
     python -m tests.emulator --seeds 0 1 2 tree  those whose name has "tree", in three orders of events
+    python -m tests.emulator --part 2/5         a part of them
     python -m tests.emulator --faults           what the emulator must find, and compute
     python -m tests.emulator --list             names
 
@@ -25,6 +26,7 @@ def main() -> int:
 
     from tests.emulator.arithmetic import EmulatorError
     from tests.emulator.attention import CASES, zoo
+    from tests.emulator.machine import Products
 
     parser = argparse.ArgumentParser(
         description=__doc__, prog="python -m tests.emulator", formatter_class=argparse.RawDescriptionHelpFormatter
@@ -33,9 +35,12 @@ def main() -> int:
     parser.add_argument("--all", action="store_true", help="the zoo")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--faults", action="store_true")
+    parser.add_argument("--part", default="1/1", help="of the cases, such as 2/5")
+    parser.add_argument("--strict", action="store_true", help="each warp of a product reads all rows of A")
     parser.add_argument("--list", action="store_true")
     options = parser.parse_intermixed_args()
     torch.set_num_threads(1)
+    Products.all_of_a = options.strict
     if options.faults:
         from tests.emulator.faults import check_faults
 
@@ -43,7 +48,11 @@ def main() -> int:
         print("\n".join(complaints) or "all faults found, all products right")
         return bool(complaints)
     cases = dict(zoo()) if options.all else CASES
-    chosen = {name: cases[name] for name in cases if not options.names or any(part in name for part in options.names)}
+    part, num_parts = map(int, options.part.split("/"))
+    names = [name for name in cases if not options.names or any(some in name for some in options.names)][
+        part - 1 :: num_parts
+    ]
+    chosen = {name: cases[name] for name in names}
     if options.list:
         print("\n".join(f"{name:28} {case}" for name, case in chosen.items()))
         return 0

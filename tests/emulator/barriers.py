@@ -56,7 +56,7 @@ class MBarrier:
 
 
 class Meeting:
-    """One use of a named barrier: until so many threads have come. PTX ISA, "bar, barrier": they count as whole warps."""
+    """One use of a named barrier: until so many threads have come; they count as whole warps. PTX ISA, "barrier"."""
 
     def __init__(self, num_threads: int, num_agents: int) -> None:
         self.num_threads, self.num_here = num_threads, 0

@@ -1,4 +1,4 @@
-"""Small kernels with one mistake each, which the emulator must find; and products of every layout, which it must get right.
+"""Small kernels with one mistake each, which the emulator must find; and products of all layouts, to get right.
 
 product_kernel: C = A @ B^T of one tile, by TMA, wgmma and TMA, on four warps.
 """

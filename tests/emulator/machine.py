@@ -1,14 +1,14 @@
 """Block: the warps of one program, its shared memory and barriers, and what TMA does beside them.
 
-Warps run in an order drawn from a seed: at every place where a warp may have to wait, and some others, the turn may pass.
-TMA copies in a random order, some time after it was told to; until then what it will write is 0xFF.
+Warps run in an order drawn from a seed: where a warp may have to wait, and at some other places, the turn may pass. TMA
+copies in a random order, some time after it was told to; until then what it will write is 0xFF.
 """
 
 from __future__ import annotations
 
 import random
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -49,6 +49,7 @@ class Block:
         self.shadow = Shadow(num_bytes // 4, self.num_threads // 32, program.places)
         self.barriers: dict[int, MBarrier] = {}
         self.meetings: dict[int, Meeting] = {}
+        self.issued: dict[int, list[int]] = {}  # by warpgroup the numbers of its products
         self.under_way: list[Callable[[], None]] = []  # what TMA has been told to do
         self.random = random.Random(str(seed))
         # how often the turn passes and TMA does something, and how slow each warp is: a matter of the seed, too
@@ -123,6 +124,8 @@ class Block:
                 raise Race(f"{self} ends, but warp {warp.index} has not waited for its TMA stores to be read")
             if warp.products.num_done < warp.products.num_committed:
                 raise Race(f"{self} ends, but warp {warp.index} has not waited for its products")
+            if warp.products.num_issued < len(self.issued.get(warp.index // 4, ())):
+                raise EmulatorError(f"{self} ends, but warp {warp.index} has not issued all products of its warpgroup")
         while self.under_way:
             self._copy()
 
@@ -139,7 +142,7 @@ class Block:
 class Warp:
     """What a translated program calls. Addresses come as registers and a constant to add, masks as lanes or None.
 
-    number: of the instruction.  An Iterator of conditions to wait for is the program itself.
+    number: of the instruction, for those that a race may name.  steps: the program; it yields what it waits for.
     """
 
     def __init__(self, block: Block, index: int) -> None:
@@ -154,7 +157,9 @@ class Warp:
 
     # --- memory
 
-    def load_global(self, base: Array, offset: int, size: int, count: int, mask: Array | None, number: int) -> Array:
+    def load_global(
+        self, base: Array, offset: int, size: int, count: int, mask: Array | None, number: int = 0
+    ) -> Array:
         return self.block.memory.load(base + np.int64(offset), size, count, mask)
 
     def store_global(
@@ -243,9 +248,6 @@ class Warp:
             assert len(block.barriers) < NUM_BARRIERS
             made = (self.index, int(block.shadow.clock[self.index]))
             block.barriers[address] = MBarrier(count, agent, block.shadow.knows.shape[1], made)
-
-    def end_barrier(self, base: Array, offset: int, mask: Array | None, number: int) -> None:
-        raise NotImplementedError("mbarrier.inval")
 
     def arrive(self, base: Array, offset: int, count: int, mask: Array | None, number: int) -> None:
         for address in self._one(base, offset, mask):
@@ -404,11 +406,16 @@ class Stores:
 
 
 class Products:
-    """wgmma of a warp: computed at once, but read from shared memory until the warp has waited."""
+    """wgmma of a warp: computed at once, but read from shared memory until the warp has waited.
+
+    all_of_a: each warp counts as a reader of all 64 rows of A, not of its own 16 alone, about which PTX says nothing.
+    """
+
+    all_of_a = False
 
     def __init__(self, warp: Warp) -> None:
         self.warp = warp
-        self.num_committed = self.num_done = 0
+        self.num_issued = self.num_committed = self.num_done = 0
 
     def multiply(
         self,
@@ -422,16 +429,27 @@ class Products:
         number: int,
     ) -> Array:
         """[columns / 2, 32] f32: the registers of before (0 if None) + A @ B."""
+        issued = self.warp.block.issued.setdefault(self.warp.index // 4, [])
+        if self.num_issued == len(issued):
+            issued.append(number)
+        elif issued[self.num_issued] != number:
+            raise EmulatorError("the warps of a warpgroup issue different products")
+        self.num_issued += 1
         if isinstance(a, tuple):
             left = tensor_core.matrix_of_registers(a)
         else:
-            left = self._matrix(a, self.warp.index % 4 * 16, 16, is_a_transposed, number)
+            first = self.warp.index % 4 * 16
+            if self.all_of_a:
+                left = self._matrix(a, 0, 64, is_a_transposed, number)[first : first + 16]
+            else:
+                left = self._matrix(a, first, 16, is_a_transposed, number)
         right = self._matrix(b, 0, columns, is_b_transposed, number)
         product = tensor_core.numbers(left, kind) @ tensor_core.numbers(right, kind).T
         registers = tensor_core.registers_of_matrix(product)
         return registers if before is None else before + registers
 
     def _matrix(self, descriptor: int, first: int, rows: int, is_transposed: bool, number: int) -> Array:
+        """[rows, K] uint16."""
         block, shadow = self.warp.block, self.warp.block.shadow
         start = (descriptor & 0x3FFF) << 4
         layout = (descriptor & (2**64 - 1)) >> 16 << 16
@@ -493,6 +511,3 @@ class Copies:
         while len(self.groups) > num_left:
             for come in self.groups.pop(0):
                 come()
-
-
-Steps = Iterator[Condition]

@@ -1,7 +1,7 @@
 """Kernel: the text of one PTX entry as a list of labels and instructions.
 
-Only the syntax that Triton's compiler writes: one `.entry`, no functions, registers named by their type, inline assembly
-with scopes of its own. (PTX ISA: "Syntax", "Directives".)
+Only the syntax that Triton's compiler writes: one `.entry`, no functions, registers named by their type, inline
+assembly with scopes of its own. (PTX ISA: "Syntax", "Directives".)
 """
 
 from __future__ import annotations

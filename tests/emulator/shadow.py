@@ -2,12 +2,12 @@
 
 Vector clocks, as in race detectors for threads (Flanagan, Freund: FastTrack, PLDI 2009). An agent is somebody with a
 clock of his own: a warp; the products (wgmma) of a warp, its TMA stores, whose clocks count committed groups; the TMA
-loads of an mbarrier, whose clock counts its phases. knows[warp, agent]: up to which of the agent's ticks all is done, as
-far as the warp can know from what it waited for. A warp may touch a word only if it knows of the last write, and may
+loads of an mbarrier, whose clock counts its phases. knows[warp, agent]: up to which of the agent's ticks all is done,
+as far as the warp can know from what it waited for. A warp may touch a word only if it knows of the last write, and may
 write it only if it knows of all reads, too. So a missing wait shows in any order of events.
 
-Words have four bytes. Different warps may write different bytes of a word, and all the same into one, as the compiler lets
-them do.
+Words have four bytes. Different warps may write different bytes of a word, and all the same into one, as the compiler
+lets them do.
 """
 
 from __future__ import annotations
@@ -112,9 +112,6 @@ class Shadow:
         """These are an mbarrier now."""
         self.write(warp, words, number)
         self.written[words] = FORBIDDEN
-
-    def allow(self, warp: int, words: Words) -> None:
-        self.written[words] = self.clock[warp]
 
     def name(self, agent: int) -> str:
         of, warp = divmod(agent, self.num_warps)

@@ -21,7 +21,7 @@ K = 16
 
 @functools.lru_cache(maxsize=4096)
 def places(layout: int, start: int, first: int, rows: int, is_transposed: bool) -> tuple[Array, Array]:
-    """Of elements [rows, K] of a matrix in shared memory: [rows, K] elements of 2 bytes; the 4-byte words that they are in.
+    """Where elements [rows, K] of a matrix lie in shared memory, in steps of 2 bytes; the 4-byte words they are in.
 
     layout: the descriptor's upper bits. start: its address modulo 1024; the places are counted from the multiple of
     1024. first: of the rows. is_transposed: rows lie side by side ("MN-major").

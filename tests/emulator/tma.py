@@ -74,7 +74,7 @@ class TensorMap:
 
 
 def swizzled(addresses: Array, width: int) -> Array:
-    """PTX ISA, "Swizzling modes": bits of the 16-byte part within a row of `width` bytes ^= those of the 128-byte line."""
+    """PTX ISA, "Swizzling modes": bits of the 16-byte part in a row of `width` bytes ^= those of the 128-byte line."""
     return addresses ^ ((addresses >> 7 & width // 16 - 1) << 4) if width else addresses
 
 

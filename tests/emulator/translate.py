@@ -57,6 +57,7 @@ SIMPLE = {
     "rcp.rn": "ONE / {}",
     "sqrt.rn": "np.sqrt({})",
     "sqrt.approx.ftz": "np.sqrt(flushed({}))",
+    "ex2.approx": "np.exp2({})",
     "ex2.approx.ftz": "flushed(np.exp2({}))",
     "lg2.approx.ftz": "np.log2(flushed({}))",
     "tanh.approx": "np.tanh({})",
@@ -69,13 +70,13 @@ SIMPLE = {
     "bfe": "bfe({}, {}, {})",
 }
 # no part of the work: the number of registers, and what a warp here does anyway, its lanes being in step
-NOTHING = ("setmaxnreg.inc", "setmaxnreg.dec", "bar.warp.sync", "wgmma.fence", "griddepcontrol")
+NOTHING = ("setmaxnreg.inc", "setmaxnreg.dec", "bar.warp.sync", "wgmma.fence")
 FENCES = ("fence.proxy.async.shared::cta", "fence.proxy.async")
 
 
 @dataclass(frozen=True)
 class Program:
-    """run(warp) is the generator.  places: of instructions by their number.  of_line: the instruction of each line of text."""
+    """run(warp) is the generator.  places: of instructions by number.  of_line: the instruction of each line of it."""
 
     kernel: Kernel
     run: Callable[[Any], Any]
@@ -206,6 +207,11 @@ class _Writer:
         if not self.kernel.is_register(operand):
             return str(int(operand, 0))
         return f"uniform({self.value(operand, 'i4')})"
+
+    @property
+    def at(self) -> int:
+        """The number of the instruction that is written."""
+        return len(self.places) - 1
 
     def guard(self) -> str:
         """The lanes that take part, or None."""
@@ -485,9 +491,7 @@ class _Writer:
         kind, count = parts[-1], self._count(parts)
         dtype, targets = DTYPES[kind], targets if isinstance(targets, tuple) else (targets,)
         size = int(dtype[1])
-        self.line(
-            f"loaded = w.load_{space}({self._address(address)}, {size}, {count}, {self.guard()}, {len(self.places) - 1})"
-        )
+        self.line(f"loaded = w.load_{space}({self._address(address)}, {size}, {count}, {self.guard()}, {self.at})")
         for i, target in enumerate(targets):
             register = self.home(str(target)) if target != "_" else "i4"
             if size == int(register[1]):
@@ -504,9 +508,7 @@ class _Writer:
         sources = sources if isinstance(sources, tuple) else (sources,)
         dtype = f"u{DTYPES[kind][1]}"
         values = [self.value(s, dtype) for s in sources]
-        arguments = (
-            f"{self._address(address)}, {dtype[1]}, ({', '.join(values)},), {self.guard()}, {len(self.places) - 1}"
-        )
+        arguments = f"{self._address(address)}, {dtype[1]}, ({', '.join(values)},), {self.guard()}, {self.at}"
         self.line(f"w.store_{self._space(parts)}({arguments})")
 
     def _write_atom(self, x: Instruction, parts: list[str]) -> None:
@@ -535,27 +537,23 @@ class _Writer:
         assert parts[:3] == ["sync", "aligned", "m8n8"] and "trans" not in parts and not x.guard, str(x)
         address, sources = x.operands
         values = ", ".join(self.value(s, "u4") for s in sources)
-        self.line(f"w.store_matrices({self._address(address)}, ({values},), {len(self.places) - 1})")
+        self.line(f"w.store_matrices({self._address(address)}, ({values},), {self.at})")
 
     def _write_ldmatrix(self, x: Instruction, parts: list[str]) -> None:
         assert parts[:3] == ["sync", "aligned", "m8n8"] and not x.guard, str(x)
         targets, address = x.operands
         is_transposed = "trans" in parts
-        self.line(
-            f"loaded = w.load_matrices({self._address(address)}, {len(targets)}, {is_transposed}, {len(self.places) - 1})"
-        )
+        self.line(f"loaded = w.load_matrices({self._address(address)}, {len(targets)}, {is_transposed}, {self.at})")
         for i, target in enumerate(targets):
             self.assign(target, f"loaded[{i}]", "u4")
 
     # --- barriers
 
     def _write_mbarrier(self, x: Instruction, parts: list[str]) -> None:
-        number = len(self.places) - 1
+        number = self.at
         if parts[0] == "init":
             address, count = x.operands
             self.line(f"w.init_barrier({self._address(address)}, {self.number(count)}, {self.guard()}, {number})")
-        elif parts[0] == "inval":
-            self.line(f"w.end_barrier({self._address(x.operands[0])}, {self.guard()}, {number})")
         elif parts[0] == "arrive":
             assert x.operands[0] == "_", str(x)
             count_or_bytes = x.operands[2] if len(x.operands) > 2 else "1"
@@ -615,8 +613,11 @@ class _Writer:
             before = f"({before} if is_true({self.value(scale, 'pred')}) else None)"
         elif self.number(scale) == 0:
             before = "None"
-        arguments = f"{before}, {of_a_value}, int({self.value(b, 'i8')}[0]), {columns}, {of_a!r}, {transposed[0]}, {transposed[1]}"
-        self.line(f"{name} = w.products.multiply({arguments}, {len(self.places) - 1})")
+        of_b_value = f"int({self.value(b, 'i8')}[0])"
+        arguments = (
+            f"{before}, {of_a_value}, {of_b_value}, {columns}, {of_a!r}, {transposed[0]}, {transposed[1]}, {self.at}"
+        )
+        self.line(f"{name} = w.products.multiply({arguments})")
         for register in registers:
             self.home(register)
         self.packed[registers] = name
@@ -642,7 +643,7 @@ class _Writer:
             to, of, size, *sizes = x.operands
             read = self.value(sizes[0], "i4") if sizes else "None"
             arguments = f"{self._address(to)}, {self._address(of)}, {self.number(size)}, {read}, {self.guard()}"
-            self.line(f"w.copies.copy({arguments}, {len(self.places) - 1})")
+            self.line(f"w.copies.copy({arguments}, {self.at})")
 
     def _write_tensor_copy(self, x: Instruction, parts: list[str]) -> None:
         if parts[4] == "global":
@@ -652,14 +653,14 @@ class _Writer:
         assert parts[4:6] == ["shared::cluster", "global"] and parts[-1] == "mbarrier::complete_tx::bytes", str(x)
         coordinates = ", ".join(self.value(c, "i4") for c in of.coordinates)
         arguments = f"{self._address(to)}, {self.value(of.base, 'i8')}, ({coordinates},), {self._address(barrier)}"
-        self.line(f"w.load_tile({arguments}, {self.guard()}, {len(self.places) - 1})")
+        self.line(f"w.load_tile({arguments}, {self.guard()}, {self.at})")
         self.line("yield")
 
     def _write_tensor_store(self, x: Instruction, is_sum: bool) -> None:
         to, of = x.operands
         coordinates = ", ".join(self.value(c, "i4") for c in to.coordinates)
         arguments = f"{self.value(to.base, 'i8')}, ({coordinates},), {self._address(of)}, {is_sum}, {self.guard()}"
-        self.line(f"w.stores.store({arguments}, {len(self.places) - 1})")
+        self.line(f"w.stores.store({arguments}, {self.at})")
         self.line("yield")
 
 
