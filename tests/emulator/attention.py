@@ -86,14 +86,17 @@ class Case:
     tile: int = 64
     dtype: torch.dtype = torch.bfloat16
     deterministic: bool | None = None
+    backend: str = "gluon"
 
     def run(self, seed: int) -> tuple[dict[str, float], Emulator]:
         B, Hq, _, Sq, Skv = self.sizes[:5]
         sizes = Sizes(B, Hq, Sq, Skv)
         mask = MASKS[self.mask](sizes) if self.mask else None
-        score = softcap(self.score) if isinstance(self.score, float) else self.score and SCORES[self.score](sizes)
-        options = {"config": self.config, "tile": self.tile, "deterministic": self.deterministic}
-        return run_emulated(mask, score or None, self.sizes, self.dtype, seed=seed, **options)
+        score = None
+        if self.score:
+            score = softcap(self.score) if isinstance(self.score, float) else SCORES[self.score](sizes)
+        plan = {"config": self.config, "backend": self.backend, "deterministic": self.deterministic}
+        return run_emulated(mask, score, self.sizes, self.dtype, tile=self.tile, seed=seed, **plan)
 
 
 FORWARD: dict[str, Any] = {"forward": {"is_persistent": True}}
@@ -117,6 +120,11 @@ CASES = {
     "causal_192_128": Case("causal_top_left", "", (1, 2, 1, 300, 270, 192, 128), tile=128),
     "flashmask_256": Case("flashmask", "", (1, 1, 1, 200, 170, 256, 256), tile=128),
     "one_query": Case("", "", (2, 2, 1, 1, 200, 128, 128), PERSISTENT),
+    "sinks_64_apart": Case("sinks", "", (1, 2, 1, 200, 170, 64, 64), APART),
+    "causal_64_portable": Case("causal_top_left", "", (1, 2, 1, 200, 170, 64, 64), backend="triton"),
+    "causal_128_portable_dq": Case(
+        "causal_top_left", "", (1, 2, 1, 200, 170, 128, 128), APART | {"dq": {"num_warps": 4}}
+    ),
 }
 
 

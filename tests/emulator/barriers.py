@@ -15,7 +15,8 @@ MAX_BYTES = 2**20 - 1
 class MBarrier:
     """PTX ISA, "mbarrier": a phase ends when all expected have arrived and all expected bytes have come.
 
-    agent: its loads, as the Shadow knows them.  made: the warp that initialised it, and its clock then.
+    agent: its loads, as the Shadow knows them.  made: the warp that initialised it, and its clock then.  known,
+    released: what Shadow.release gives.
     """
 
     def __init__(self, count: int, agent: int, num_agents: int, made: tuple[int, int]) -> None:
@@ -23,7 +24,7 @@ class MBarrier:
         self.bytes = 0  # that are still to come, negative if they came before they were expected
         self.phase = 0
         self.agent, self.made = agent, made
-        self.known = np.zeros(num_agents, np.int32)  # by those who arrived
+        self.known = np.zeros((2, num_agents), np.int32)  # by those who arrived
         self.released = self.known.copy()  # of the phases that have ended
         self.last_load = 0
 
@@ -47,7 +48,7 @@ class MBarrier:
         if self.pending == 0 and self.bytes == 0:
             self.phase += 1
             self.pending = self.count
-            self.known[self.agent] = self.phase
+            self.known[0, self.agent] = self.phase
             self.released = self.known.copy()
 
     def has_ended(self, parity: int) -> bool:
@@ -61,7 +62,7 @@ class Meeting:
     def __init__(self, num_threads: int, num_agents: int) -> None:
         self.num_threads, self.num_here = num_threads, 0
         self.warps: set[int] = set()
-        self.known = np.zeros(num_agents, np.int32)
+        self.known = np.zeros((2, num_agents), np.int32)
 
     def come(self, warp: int, num_threads: int, known: Array) -> None:
         if num_threads != self.num_threads or num_threads % 32:

@@ -244,7 +244,7 @@ class Warp:
             if address in block.barriers or address % 8:
                 raise EmulatorError(f"an mbarrier at {address} of shared memory, a second time or at no multiple of 8")
             block.shadow.forbid(self.index, slice(address // 4, address // 4 + 2), number)
-            agent = block.shadow.num_readers + len(block.barriers)
+            agent = block.shadow.first_load + len(block.barriers)
             assert len(block.barriers) < NUM_BARRIERS
             made = (self.index, int(block.shadow.clock[self.index]))
             block.barriers[address] = MBarrier(count, agent, block.shadow.knows.shape[1], made)
@@ -327,7 +327,8 @@ class Warp:
         barrier = block.barrier(self, address)
         if start % 128 or start + box.num_bytes > block.shared.size:
             raise EmulatorError(f"TMA writes {box.num_bytes} bytes to {start} of shared memory")
-        if shadow.unfenced[address // 4]:
+        maker, clock = barrier.made
+        if shadow.fenced[self.index, maker] < clock:
             raise Race(f"TMA uses the mbarrier at {address}, initialised without a fence.proxy.async after it")
         words = slice(start // 4, (start + box.num_bytes) // 4)
         barrier.last_load = barrier.phase + 1
@@ -473,6 +474,7 @@ class Copies:
 
     def __init__(self, warp: Warp) -> None:
         self.warp = warp
+        self.num_committed = 0
         self.open_group: list[Callable[[], None]] = []
         self.groups: list[list[Callable[[], None]]] = []
 
@@ -494,9 +496,10 @@ class Copies:
             raise NotImplementedError("cp.async of a part of its bytes")
         is_read = (read == size) if mask is None else (read == size) & mask
         values = warp.load_global(of, of_offset, 4, count, is_read, number)
-        poison = np.full(32, 0xFFFFFFFF, u4)
-        warp.store_shared(to, to_offset, 4, (poison,) * count, mask, number)
-        index, _ = warp._shared(to, to_offset, 4, count, mask)
+        index, words = warp._shared(to, to_offset, 4, count, mask)
+        shadow = warp.block.shadow
+        shadow.write(warp.index, words, number, 3 * shadow.num_warps + warp.index, self.num_committed + 1)
+        warp.block.views[4][index] = 0xFFFFFFFF
 
         def come() -> None:
             warp.block.views[4][index] = values if mask is None else values[:, mask]
@@ -506,8 +509,11 @@ class Copies:
     def commit(self) -> None:
         self.groups.append(self.open_group)
         self.open_group = []
+        self.num_committed += 1
 
     def wait(self, num_left: int) -> None:
         while len(self.groups) > num_left:
             for come in self.groups.pop(0):
                 come()
+        shadow = self.warp.block.shadow
+        shadow.knows[self.warp.index, 3 * shadow.num_warps + self.warp.index] = self.num_committed - len(self.groups)
