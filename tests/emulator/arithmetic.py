@@ -97,10 +97,10 @@ def prmt(a: Array, b: Array, selector: Array) -> Array:
 
 
 def bfe(a: Array, start: Array, length: Array) -> Array:
-    """Bits start .. start + length, of at most 32."""
-    assert a.dtype in (i4, u4) and (start + length <= 32).all() and (length > 0).all(), (a.dtype, start, length)
-    up = (32 - start - length).astype(a.dtype)
-    return a << up >> (32 - length).astype(a.dtype)
+    """Bits start .. start + length, which the compiler knows to be some, and there."""
+    bits = 8 * a.dtype.itemsize
+    assert (start + length <= bits).all() and (length > 0).all(), (a.dtype, start, length)
+    return a << (bits - start - length).astype(a.dtype) >> (bits - length).astype(a.dtype)
 
 
 def ballot(predicate: Array) -> Array:

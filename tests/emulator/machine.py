@@ -26,7 +26,7 @@ KILOBYTE = 1024  # tiles are aligned to it; tensor_core and tma count from its m
 
 
 class Block:
-    """maps: tensor maps by their handle.  parameters: [32] each.  index, grid: x, y, z."""
+    """maps: tensor maps by the address of their parameter.  parameters: [32] each.  index, grid: x, y, z."""
 
     def __init__(
         self,

@@ -59,6 +59,8 @@ SIMPLE = {
     "popc": "np.bitwise_count({}).astype(i4)",
     "bfe": "bfe({}, {}, {})",
 }
+# Parameter i is at (i + 1) times as many: an address that lies in no tensor.
+PARAMETER_BYTES = 128
 # no part of the work: the number of registers, and what a warp here does anyway, its lanes being in step
 NOTHING = ("setmaxnreg.inc", "setmaxnreg.dec", "bar.warp.sync", "wgmma.fence")
 FENCES = ("fence.proxy.async.shared::cta", "fence.proxy.async")
@@ -288,6 +290,9 @@ class _Writer:
             return
         if (simple := SIMPLE.get(".".join([name, *parts[:-1]]))) and kind in DTYPES:
             self._write_simple(x, name, simple, kind)
+        elif x.opcode == "add.s16x2":
+            a, b = (f"np.ascontiguousarray({self.value(s, 'i4')}).view(i2)" for s in x.operands[1:])
+            self.assign(x.operands[0], f"({a} + {b}).view(i4)", "i4")
         elif writer := getattr(self, f"_write_{name}", None):
             writer(x, parts)
         else:
@@ -402,7 +407,8 @@ class _Writer:
             values = ", ".join(self.value(s, f"u{size}") for s in source)
             self.assign(target, f"np.stack(({values}), 1).view(u{SIZES[parts[0]]})[:, 0]", f"u{SIZES[parts[0]]}")
         elif found := re.match(r"\w+_param_(\d+)$", str(source)):
-            self.assign(target, f"w.parameters[{found[1]}]", "i8")  # a handle of the tensor map
+            dtype = DTYPES[parts[0]]
+            self.assign(target, self.constant(str(PARAMETER_BYTES * (int(found[1]) + 1)), dtype), dtype)
         elif parts[0] == "pred":
             self.assign(target, self.value(source, "pred"), "pred")
         elif str(source).startswith("%") and not self.kernel.is_register(str(source)):
@@ -473,9 +479,12 @@ class _Writer:
         address, targets = x.operands[1], x.operands[0]
         assert isinstance(address, Address)
         if parts[0] == "param":
-            index = re.search(r"_param_(\d+)$", address.base)
-            assert index and not address.offset, str(x)
-            self.assign(targets, f"w.parameters[{index[1]}]", DTYPES[parts[1]])
+            assert not address.offset, str(x)
+            if self.kernel.is_register(address.base):
+                index = f"{self.uniform(address.base)} // {PARAMETER_BYTES} - 1"
+            else:
+                index = re.search(r"_param_(\d+)$", address.base)[1]
+            self.assign(targets, f"w.parameters[{index}]", DTYPES[parts[1]])
             return
         space = self._space(parts)
         kind, count = parts[-1], self._count(parts)
@@ -640,7 +649,11 @@ class _Writer:
             self._write_tensor_store(x, False)
             return
         to, of, barrier = x.operands
-        assert parts[4:6] == ["shared::cluster", "global"] and parts[-1] == "mbarrier::complete_tx::bytes", str(x)
+        assert (
+            parts[4] in ("shared::cluster", "shared::cta")
+            and parts[5] == "global"
+            and parts[-1] == "mbarrier::complete_tx::bytes"
+        ), str(x)
         coordinates = ", ".join(self.value(c, "i4") for c in of.coordinates)
         arguments = f"{self._address(to)}, {self.value(of.base, 'i8')}, ({coordinates},), {self._address(barrier)}"
         self.line(f"w.load_tile({arguments}, {self.guard()}, {self.at})")
