@@ -13,7 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from anymask.kernels.functions import near
 from anymask.kernels.hopper_chunks import accumulators, bytes_of, chunks_of, finished
 from anymask.kernels.hopper_fwd import indices, row_from, row_of, walks_of
-from anymask.kernels.hopper_pipeline import FIRST_BARRIER, LAST_BARRIER, Ring, read_number, write_number
+from anymask.kernels.hopper_pipeline import FIRST_BARRIER, LAST_BARRIER, Ring, meet_warps, read_number, write_number
 from anymask.kernels.hopper_step import copies, product_of_columns, products_of_rows, store_chunks
 from anymask.kernels.hopper_work import ROWS
 from anymask.kernels.record import record
@@ -188,7 +188,8 @@ def differentiate(call, shared, WARPGROUP: gl.constexpr):
     for _ in range(row.num_full):
         dq = gradient_step(i, dq, lse_log2, less_delta, call, row, shared, False, WARPGROUP)
         i += 1
-    # in the place of Q
+    # in the place of Q, which other warps' products may read: PTX does not say that a warp's reads its own rows alone
+    meet_warps(WARPGROUP)
     store_chunks(call.dq, dq, call.scale, shared.q.blocks(WARPGROUP), row.b, row.h, row.q_start)
     tma.store_wait(0)
 
@@ -232,7 +233,7 @@ def hopper_dq_kernel(
 ):
     """dq of one tile of queries. Grid: a program for each tile of each head, in the order of work_of."""
     NUM_CONSUMERS: gl.constexpr = BLOCK_Q // ROWS
-    gl.static_assert(FIRST_BARRIER + 2 * STAGES + 1 <= LAST_BARRIER)
+    gl.static_assert(FIRST_BARRIER + 2 * STAGES + 1 <= LAST_BARRIER - NUM_CONSUMERS + 1)
     q = chunks_of(q, q_rest)
     k = chunks_of(k, k_rest)
     v = chunks_of(v, v_rest)

@@ -319,3 +319,9 @@ def pass_turn(WARPGROUP: gl.constexpr, NUM_CONSUMERS: gl.constexpr):
 def meet():
     """Both consumers wait for each other, in a kernel without turns."""
     sync(gl.to_tensor(LAST_BARRIER), 256)
+
+
+@gluon.jit
+def meet_warps(WARPGROUP: gl.constexpr):
+    """The warps of a consumer wait for each other, in a kernel without turns in which consumers do not meet."""
+    sync(gl.to_tensor(LAST_BARRIER - WARPGROUP), 128)

@@ -26,7 +26,6 @@ def main() -> int:
 
     from tests.emulator.arithmetic import EmulatorError
     from tests.emulator.attention import CASES, zoo
-    from tests.emulator.machine import Products
 
     parser = argparse.ArgumentParser(
         description=__doc__, prog="python -m tests.emulator", formatter_class=argparse.RawDescriptionHelpFormatter
@@ -36,11 +35,9 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--faults", action="store_true")
     parser.add_argument("--part", default="1/1", help="of the cases, such as 2/5")
-    parser.add_argument("--strict", action="store_true", help="each warp of a product reads all rows of A")
     parser.add_argument("--list", action="store_true")
     options = parser.parse_intermixed_args()
     torch.set_num_threads(1)
-    Products.all_of_a = options.strict
     if options.faults:
         from tests.emulator.faults import check_faults
 

@@ -409,10 +409,8 @@ class Stores:
 class Products:
     """wgmma of a warp: computed at once, but read from shared memory until the warp has waited.
 
-    all_of_a: each warp counts as a reader of all 64 rows of A, not of its own 16 alone, about which PTX says nothing.
+    Each warp counts as a reader of all 64 rows of A: PTX does not say that it reads its own 16 alone.
     """
-
-    all_of_a = False
 
     def __init__(self, warp: Warp) -> None:
         self.warp = warp
@@ -440,21 +438,18 @@ class Products:
             left = tensor_core.matrix_of_registers(a)
         else:
             first = self.warp.index % 4 * 16
-            if self.all_of_a:
-                left = self._matrix(a, 0, 64, is_a_transposed, number)[first : first + 16]
-            else:
-                left = self._matrix(a, first, 16, is_a_transposed, number)
-        right = self._matrix(b, 0, columns, is_b_transposed, number)
+            left = self._matrix(a, 64, is_a_transposed, number)[first : first + 16]
+        right = self._matrix(b, columns, is_b_transposed, number)
         product = tensor_core.numbers(left, kind) @ tensor_core.numbers(right, kind).T
         registers = tensor_core.registers_of_matrix(product)
         return registers if before is None else before + registers
 
-    def _matrix(self, descriptor: int, first: int, rows: int, is_transposed: bool, number: int) -> Array:
+    def _matrix(self, descriptor: int, rows: int, is_transposed: bool, number: int) -> Array:
         """[rows, K] uint16."""
         block, shadow = self.warp.block, self.warp.block.shadow
         start = (descriptor & 0x3FFF) << 4
         layout = (descriptor & (2**64 - 1)) >> 16 << 16
-        places, words = tensor_core.places(layout, start % KILOBYTE, first, rows, is_transposed)
+        places, words = tensor_core.places(layout, start % KILOBYTE, rows, is_transposed)
         base = start // KILOBYTE * KILOBYTE
         agent = shadow.num_warps + self.warp.index
         shadow.read(self.warp.index, words + base // 4, number, agent, self.num_committed + 1)

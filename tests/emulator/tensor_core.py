@@ -20,17 +20,17 @@ K = 16
 
 
 @functools.lru_cache(maxsize=4096)
-def places(layout: int, start: int, first: int, rows: int, is_transposed: bool) -> tuple[Array, Array]:
+def places(layout: int, start: int, rows: int, is_transposed: bool) -> tuple[Array, Array]:
     """Where elements [rows, K] of a matrix lie in shared memory, in steps of 2 bytes; the 4-byte words they are in.
 
     layout: the descriptor's upper bits. start: its address modulo 1024; the places are counted from the multiple of
-    1024. first: of the rows. is_transposed: rows lie side by side ("MN-major").
+    1024. is_transposed: rows lie side by side ("MN-major").
     """
     leading, stride = (layout >> 16 & 0x3FFF) << 4, (layout >> 32 & 0x3FFF) << 4
     width = WIDTHS[layout >> 62]
     if layout >> 49 & 7:
         raise EmulatorError("a matrix descriptor with a base offset")
-    row, k = np.arange(first, first + rows)[:, None], np.arange(K)[None, :]
+    row, k = np.arange(rows)[:, None], np.arange(K)[None, :]
     if not is_transposed and width:
         # 8 rows of `width` bytes; K = 16 lies within one
         linear = row // 8 * stride + row % 8 * width + 2 * k
