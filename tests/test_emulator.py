@@ -42,5 +42,11 @@ def test_hopper_kernels(part: int) -> None:
     emulated("--seeds", "1", "2", "--part", f"{part}/{PARTS}")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("first", [0, 8])
+def test_random_problems_on_hopper(first: int) -> None:
+    emulated("--fuzz", str(first), str(first + 8))
+
+
 def test_every_fault_is_found_and_every_product_right() -> None:
     emulated("--faults")

@@ -11,6 +11,7 @@
     machine.py      a block: its warps, their order, what goes on beside them
     launch.py       Emulator: within it, launches come here
     attention.py    forward and backward of the Hopper plan, by cases
+    fuzz.py         random problems
     faults.py       small kernels with mistakes that must be found
     __main__.py     python -m tests.emulator --help
 

@@ -4,6 +4,7 @@
     python -m tests.emulator --all              every mask and score function of the zoo, as on a GPU
     python -m tests.emulator --seeds 0 1 2 tree  those whose name has "tree", in three orders of events
     python -m tests.emulator --part 2/5         a part of them
+    python -m tests.emulator --fuzz 100 200     random problems, from number 100 to 199
     python -m tests.emulator --faults           what the emulator must find, and compute
     python -m tests.emulator --list             names
 
@@ -17,6 +18,7 @@ import os
 import sys
 import time
 import traceback
+from typing import Any
 
 
 def main() -> int:
@@ -26,6 +28,7 @@ def main() -> int:
 
     from tests.emulator.arithmetic import EmulatorError
     from tests.emulator.attention import CASES, zoo
+    from tests.emulator.fuzz import problems
 
     parser = argparse.ArgumentParser(
         description=__doc__, prog="python -m tests.emulator", formatter_class=argparse.RawDescriptionHelpFormatter
@@ -33,6 +36,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*", help="parts of names; all cases if there is none")
     parser.add_argument("--all", action="store_true", help="the zoo")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--fuzz", type=int, nargs=2, metavar=("FIRST", "END"))
     parser.add_argument("--faults", action="store_true")
     parser.add_argument("--part", default="1/1", help="of the cases, such as 2/5")
     parser.add_argument("--list", action="store_true")
@@ -44,7 +48,9 @@ def main() -> int:
         complaints = check_faults()
         print("\n".join(complaints) or "all faults found, all products right")
         return bool(complaints)
-    cases = dict(zoo()) if options.all else CASES
+    cases: dict[str, Any] = dict(zoo()) if options.all else CASES
+    if options.fuzz:
+        cases = dict(problems(range(*options.fuzz)))
     part, num_parts = map(int, options.part.split("/"))
     names = [name for name in cases if not options.names or any(some in name for some in options.names)][
         part - 1 :: num_parts

@@ -1,6 +1,6 @@
-"""run_emulated: a forward and a backward of the plan for a Hopper GPU, emulated, against the float64 reference.
+"""emulate: a forward and a backward of the plan for a Hopper GPU, on the emulator.
 
-Case: the arguments of one such run, by name. CASES cover the Hopper kernels; zoo() are all masks and score functions.
+Case: such a run against the float64 reference. CASES cover the Hopper kernels; zoo() are all masks and score functions.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 
 from anymask import block_map, softcap
 from anymask.expr.mods import Mods, text_of
 from anymask.expr.trace import trace
 from anymask.kernels import hopper_launch, launch
 from anymask.kernels import plan as planning
+from anymask.kernels.plan import tma_obstacle_of
 from anymask.problem import Problem
 from anymask.testing import check, inputs
 from tests.cases import MASKS, SCORES, Sizes
@@ -32,39 +34,30 @@ NUM_MULTIPROCESSORS = 3
 hopper_launch._num_multiprocessors = lambda device: NUM_MULTIPROCESSORS
 
 
-def run_emulated(
+def emulate(
+    tensors: tuple[Any, ...],
     mask: Any,
     score_mod: Any,
-    sizes: tuple[int, ...],
-    dtype: torch.dtype = torch.bfloat16,
-    config: Mapping[str, Any] | None = None,
+    scale: float | None = None,
     tile: int = 64,
     seed: int = 0,
-    backend: str = "gluon",
-    deterministic: bool | None = None,
-) -> tuple[dict[str, float], Emulator]:
-    """The errors, checked as on a GPU (tests/test_zoo.py), and the emulator that knows what ran.
+    **how: Any,
+) -> tuple[tuple[Tensor, ...], Emulator]:
+    """out, lse, dq, dk and dv of q, k, v, dout and dlse (or None), and the emulator that knows what ran.
 
-    sizes: B, Hq, Hkv, Sq, Skv, D, Dv.  config: of attention().  seed: of the order of events.
+    seed: of the order of events.  how: backend, config, deterministic, as of attention().
     """
-    q, k, v, dout, dlse = tensors = inputs(*sizes, dtype)
-    exact, rounded = expected(mask, score_mod, tensors)
-    blocks = block_map(mask, *sizes[:2], *sizes[3:5], device="cpu", tile=tile)
+    q, k, v, dout, dlse = (x if x is None else x.detach() for x in tensors)
+    (B, Hq, Sq, D), Skv = q.shape, k.shape[2]
+    blocks = block_map(mask, B, Hq, Sq, Skv, device="cpu", tile=tile)
     program = trace(mask, score_mod, torch.device("cpu"))
     bindings = program.bindings
     mods = Mods.of(text_of(program.mask, program.score), bindings.ints, bindings.floats)
-    q, k, v = (x.detach() for x in (q, k, v))
+    problem = Problem.of(q, k, v)
     plan = planning.choose(
-        Problem.of(q, k, v),
-        mods,
-        blocks.tile,
-        arch="sm_90",
-        backend=backend,
-        bindings=bindings,
-        config=config,
-        deterministic=deterministic,
+        problem, mods, blocks.tile, arch="sm_90", bindings=bindings, tma_obstacle=tma_obstacle_of(q, k, v), **how
     )
-    arguments = (mods, bindings, blocks, plan, 1 / math.sqrt(sizes[5]))
+    arguments = (mods, bindings, blocks, plan, 1 / math.sqrt(D) if scale is None else scale)
     torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty gives NaN
     try:
         with Emulator(seed) as emulator:
@@ -72,7 +65,7 @@ def run_emulated(
             gradients = launch.backward(dout, dlse, q, k, v, out, lse, *arguments)
     finally:
         torch.use_deterministic_algorithms(False)
-    return check((out, lse, *gradients), exact, rounded), emulator
+    return (out, lse, *gradients), emulator
 
 
 @dataclass(frozen=True)
@@ -89,14 +82,18 @@ class Case:
     backend: str = "gluon"
 
     def run(self, seed: int) -> tuple[dict[str, float], Emulator]:
+        """The errors, checked as on a GPU (tests/test_zoo.py)."""
         B, Hq, _, Sq, Skv = self.sizes[:5]
         sizes = Sizes(B, Hq, Sq, Skv)
         mask = MASKS[self.mask](sizes) if self.mask else None
         score = None
         if self.score:
             score = softcap(self.score) if isinstance(self.score, float) else SCORES[self.score](sizes)
-        plan = {"config": self.config, "backend": self.backend, "deterministic": self.deterministic}
-        return run_emulated(mask, score, self.sizes, self.dtype, tile=self.tile, seed=seed, **plan)
+        tensors = inputs(*self.sizes, self.dtype)
+        exact, rounded = expected(mask, score, tensors)
+        how = {"config": self.config, "backend": self.backend, "deterministic": self.deterministic}
+        results, emulator = emulate(tensors, mask, score, tile=self.tile, seed=seed, **how)
+        return check(results, exact, rounded), emulator
 
 
 FORWARD: dict[str, Any] = {"forward": {"is_persistent": True}}
