@@ -216,8 +216,12 @@ class Warp:
             raise EmulatorError("a row of a matrix is no multiple of 16 bytes")
         return (addresses // u4(4))[:, LANES // 4] + (LANES % 4).astype(u4)
 
-    def store_matrices(self, base: Array, offset: int, values: tuple[Array, ...], number: int) -> None:
+    def store_matrices(
+        self, base: Array, offset: int, values: tuple[Array, ...], is_transposed: bool, number: int
+    ) -> None:
         words, view, stored = self._matrices(base, offset, len(values)), self.block.views[4], np.array(values)
+        if is_transposed:
+            stored = transposed(stored)
         changes = lambda: (view[words] != stored).reshape(-1)
         self.block.shadow.write(self.index, words.reshape(-1), number, changes=changes)
         view[words] = stored
@@ -226,10 +230,7 @@ class Warp:
         words = self._matrices(base, offset, count)
         self.block.shadow.read(self.index, words.reshape(-1), number)
         found = self.block.views[4][words]
-        if not is_transposed:
-            return found
-        halves = found.view("u2").reshape(count, 8, 8).transpose(0, 2, 1)
-        return np.ascontiguousarray(halves).view(u4).reshape(count, 32)
+        return transposed(found) if is_transposed else found
 
     # --- barriers
 
@@ -341,6 +342,12 @@ class Warp:
             barrier.complete(box.num_bytes)
 
         block.under_way.append(arrive)
+
+
+def transposed(matrices: Array) -> Array:
+    """[count, 32] words: each matrix, of 8 x 8 halves of words, transposed."""
+    halves = np.ascontiguousarray(matrices).view("u2").reshape(-1, 8, 8).transpose(0, 2, 1)
+    return np.ascontiguousarray(halves).view(u4).reshape(-1, 32)
 
 
 class Stores:

@@ -26,8 +26,11 @@ DTYPES = {
 DTYPES |= {"f32": "f4", "f64": "f8", "f16": "f2", "pred": "pred"}
 SIZES = {"b16": 2, "b32": 4, "b64": 8, "f32": 4, "f64": 8, "u16": 2, "u32": 4, "s32": 4, "u64": 8, "s64": 8}
 
-COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "neu": "!="}
-COMPARISONS |= {"lo": "<", "ls": "<=", "hi": ">", "hs": ">="}
+COMPARISONS = {"eq": "{} == {}", "ne": "{} != {}", "lt": "{} < {}", "le": "{} <= {}", "gt": "{} > {}", "ge": "{} >= {}"}
+# of floats: with a NaN no comparison holds, but for those that end in u, which all do
+DIFFER = "({0} < {1}) | ({0} > {1})"
+FLOAT_COMPARISONS = COMPARISONS | {"ne": DIFFER, "neu": "{} != {}", "equ": f"~({DIFFER})"}
+FLOAT_COMPARISONS |= {"ltu": "~({} >= {})", "leu": "~({} > {})", "gtu": "~({} <= {})", "geu": "~({} < {})"}
 # opcodes without their type: the operands all have it, and so has the result
 SIMPLE = {
     "add": "{} + {}",
@@ -52,6 +55,7 @@ SIMPLE = {
     "div.full": "{} / {}",
     "rcp.approx.ftz": "flushed(ONE / {})",
     "ex2.approx": "np.exp2({})",
+    "sqrt.rn": "np.sqrt({})",
     "ex2.approx.ftz": "flushed(np.exp2({}))",
     "selp": "np.where({2}, {0}, {1})",
     "lop3": "lop3({}, {}, {}, {})",
@@ -360,7 +364,8 @@ class _Writer:
         if len(parts) != 2 or (parts[0] == "ne" and parts[1] == "f32"):
             raise NotImplementedError(str(x))
         dtype = DTYPES[parts[1]]
-        self.assign(target, f"{self.value(a, dtype)} {COMPARISONS[parts[0]]} {self.value(b, dtype)}", "pred")
+        comparison = (FLOAT_COMPARISONS if dtype[0] == "f" else COMPARISONS)[parts[0]]
+        self.assign(target, comparison.format(self.value(a, dtype), self.value(b, dtype)), "pred")
 
     def _write_cvt(self, x: Instruction, parts: list[str]) -> None:
         target, *sources = x.operands
@@ -533,10 +538,10 @@ class _Writer:
         return f"{self.value(address.base, 'i8' if wide else 'u4')}, {address.offset}"
 
     def _write_stmatrix(self, x: Instruction, parts: list[str]) -> None:
-        assert parts[:3] == ["sync", "aligned", "m8n8"] and "trans" not in parts and not x.guard, str(x)
+        assert parts[:3] == ["sync", "aligned", "m8n8"] and not x.guard, str(x)
         address, sources = x.operands
         values = ", ".join(self.value(s, "u4") for s in sources)
-        self.line(f"w.store_matrices({self._address(address)}, ({values},), {self.at})")
+        self.line(f"w.store_matrices({self._address(address)}, ({values},), {'trans' in parts}, {self.at})")
 
     def _write_ldmatrix(self, x: Instruction, parts: list[str]) -> None:
         assert parts[:3] == ["sync", "aligned", "m8n8"] and not x.guard, str(x)
