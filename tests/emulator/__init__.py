@@ -15,8 +15,8 @@
     faults.py       small kernels with mistakes that must be found
     __main__.py     python -m tests.emulator --help
 
-What it does not know: branches that differ within a warp (an error); lanes out of step within a warp; clusters; blocks
-beside each other (they run one by one, so races in global memory do not show); accumulators that are read before their
-wgmma has been waited for (ptxas says so); the number of registers; the rounding of .approx instructions, which is
-numpy's here, and of wgmma's sums; time. PTX that ptxas would reject. An instruction that it does not know is an error.
+What it does not know: branches that differ within a warp (an error); lanes out of step within a warp; clusters; races
+in global memory; accumulators that are read before their wgmma has been waited for (ptxas says so); the number of
+registers; the rounding of .approx instructions, which is numpy's here, and of wgmma's sums; time. PTX that ptxas would
+reject. An instruction that it does not know is an error.
 """

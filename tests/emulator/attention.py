@@ -23,14 +23,12 @@ from anymask.kernels.plan import tma_obstacle_of
 from anymask.problem import Problem
 from anymask.testing import check, inputs
 from tests.cases import MASKS, SCORES, Sizes
-from tests.emulator.launch import Emulator
+from tests.emulator.launch import NUM_MULTIPROCESSORS, Emulator
 from tests.plain import expected
 from tests.test_hopper import APART, BACKWARDS, FUSED, LONE, PERSISTENT, WIDE, WIDE_PERSISTENT
 
 # Whether or not the kernels have run with it on a GPU.
 planning.GLUON_VERSIONS = (".".join(triton.__version__.split(".")[:2]),)
-# So few that a persistent program works on several tiles. Blocks run one after the other: the first takes most.
-NUM_MULTIPROCESSORS = 3
 hopper_launch._num_multiprocessors = lambda device: NUM_MULTIPROCESSORS
 
 

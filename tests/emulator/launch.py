@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ from tests.emulator.tma import TensorMap
 from tests.emulator.translate import PARAMETER_BYTES, Program, program_of
 
 TARGET = GPUTarget("cuda", 90, 32)
+# Blocks beside each other. So few that persistent programs work on several tiles.
+NUM_MULTIPROCESSORS = 3
 DTYPES = {
     "i1": "i1",
     "i8": "i1",
@@ -67,7 +70,7 @@ class Emulator:
         triton.knobs.runtime.add_stages_inspection_hook, triton.knobs.cache.dir = self._knobs
 
     def launch(self, kernel: Any, args: tuple[Any, ...], grid: Any, options: dict[str, Any]) -> None:
-        """One block after the other."""
+        """Some blocks beside each other, in the order of their numbers."""
         program, metadata, signature, bound = compiled(kernel, args, options)
         assert not metadata.global_scratch_size and not metadata.profile_scratch_size
         flat = list(_flat(signature, bound))
@@ -91,11 +94,23 @@ class Emulator:
         assert len(arrays) == len(wanted), (len(arrays), wanted)
         start = time.perf_counter()
         grid = (*(grid(bound) if callable(grid) else grid), 1, 1)[:3]
+
+        def block(index: tuple[int, ...]) -> Iterator[None]:
+            seed = (self.seed, len(self.launches), index)
+            return Block(program, memory, maps, arrays, metadata.shared, index[::-1], grid, seed).turns()
+
+        waiting = map(block, itertools.product(*map(range, grid[::-1])))
         with np.errstate(all="ignore"):
-            for index in itertools.product(*map(range, grid[::-1])):
-                seed = (self.seed, len(self.launches), index)
-                Block(program, memory, maps, arrays, metadata.shared, index[::-1], grid, seed).run()
+            _run_beside(waiting, random.Random(f"{self.seed} {len(self.launches)}"))
         self.launches.append((program.kernel.name, math.prod(grid), time.perf_counter() - start))
+
+
+def _run_beside(waiting: Iterator[Iterator[None]], order: random.Random) -> None:
+    running = list(itertools.islice(waiting, NUM_MULTIPROCESSORS))
+    while running:
+        i = order.randrange(len(running))
+        if next(running[i], "end") == "end":
+            running[i : i + 1] = itertools.islice(waiting, 1)
 
 
 def compiled(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Program, Any, Any, dict[str, Any]]:

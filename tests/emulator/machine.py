@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -58,7 +58,8 @@ class Block:
         self.warps = [Warp(self, i) for i in range(self.num_threads // 32)]
         self.weights = {warp: self.random.choice((1.0, 1.0, 0.1)) for warp in self.warps}
 
-    def run(self) -> None:
+    def turns(self) -> Iterator[None]:
+        """Runs the block, a warp's turn at a time."""
         draw = self.random.random
         live = list(self.warps)
         while live:
@@ -76,6 +77,7 @@ class Block:
                 continue
             if self._run_warp(warp):
                 live.remove(warp)
+            yield
         self._check_end()
 
     def _run_warp(self, warp: Warp) -> bool:
