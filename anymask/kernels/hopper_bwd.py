@@ -253,9 +253,9 @@ def gradient_step(i, last, dk, dv, call, work, h, shared, IS_MASKED: gl.constexp
         # dQ = dS K, this consumer's half
         if IS_LATE:
             shared.exchange.take(i + 1, WARPGROUP)  # of step i - 1
+            give_ds(ds, call, shared, i, WARPGROUP)
             dq = half_products(call, shared, i + 2, zero, WARPGROUP)
             tma.store_wait(0)  # until what this consumer added to dQ has been read; its warps wait for each other here
-            give_ds(ds, call, shared, i, WARPGROUP)
         else:
             give_ds(ds, call, shared, i, WARPGROUP)
             tma.store_wait(0)
