@@ -207,6 +207,7 @@ def gradient_step(i, last, dk, dv, call, work, h, shared, IS_MASKED: gl.constexp
     DTYPE: gl.constexpr = call.q[0].dtype
     IS_LATE: gl.constexpr = is_late(call.BLOCK_Q)
     READS_EARLY: gl.constexpr = call.BLOCK_Q == ROWS  # with more queries there are no registers for it
+    gl.assume(i >= 0)  # then stages are found without regard to the sign
     # 0, but the compiler can't know: so it computes anew, each step, where tiles that stay the same lie, and their
     # addresses take no registers
     zero = i >> 30
