@@ -140,14 +140,15 @@ def gradient_step(i, dq, lse_log2, less_delta, call, row, shared, IS_MASKED: gl.
     v = shared.v.chunks(i)
     zeros = gl.zeros([ROWS, BLOCK_KV], gl.float32, S_LAYOUT)
     shared.k.wait(i)
+    # as a multiple of BLOCK_KV, so that the compiler sees that captured vectors may be read two numbers at a time. Behind
+    # products that were issued it would come when the last of them has begun
+    kv_start = read_number(shared.tiles.index(i % shared.k.STAGES), 4) * BLOCK_KV
     less_delta = copies(less_delta, zeros)
     # S = Q K^T    [ROWS, BLOCK_KV] f32
     s = product_of_columns(q, k, zeros, False)
     # dP - delta = dO V^T - delta    [ROWS, BLOCK_KV] f32
     shared.v.wait(i)
     dp = product_of_columns(dout, v, less_delta, True)
-    # as a multiple of BLOCK_KV, so that the compiler sees that captured vectors may be read two numbers at a time
-    kv_start = read_number(shared.tiles.index(i % shared.k.STAGES), 4) * BLOCK_KV
     s = warpgroup_mma_wait(len(v), deps=[s])
     # P    [ROWS, BLOCK_KV] f32
     q_idx, kv_idx = indices(row, kv_start, s)

@@ -319,13 +319,13 @@ def attend_step(
     """Scores of tile i, and the output of tile i - 1, whose P is `pairs`."""
     S_LAYOUT: gl.constexpr = softmax.row_max.type.layout.parent
     rings.k.wait(i)
+    kv_start = start_of_tile(call, rings, i, IS_MASKED)  # behind products it would come when the last has begun
     if call.HAS_TURNS:
         wait_turn(WARPGROUP)
     s = score_product(rings, q_load, i, S_LAYOUT)
     acc = output_product(rings, pairs, correction, acc, i - 1)
     if call.HAS_TURNS:
         pass_turn(WARPGROUP, call.NUM_CONSUMERS)
-    kv_start = start_of_tile(call, rings, i, IS_MASKED)
     s = warpgroup_mma_wait(len(acc), deps=[s])
     if not IS_MASKED:
         rings.k.release(i)
@@ -393,12 +393,12 @@ def attend_row(call, rings, row, n, first, WARPGROUP: gl.constexpr):
     if num_steps > 0:
         # tile 0: there is no P before it
         rings.k.wait(first)
+        kv_start = start_of_tile(call, rings, first, MAY_HIDE)
         if call.HAS_TURNS:
             wait_turn(WARPGROUP)
         s = score_product(rings, q_load, first, S_LAYOUT)
         if call.HAS_TURNS:
             pass_turn(WARPGROUP, call.NUM_CONSUMERS)
-        kv_start = start_of_tile(call, rings, first, MAY_HIDE)
         s = warpgroup_mma_wait(0, deps=[s])
         s, factor = scores(call, row, kv_start, s)
         if MAY_HIDE and num_masked > 0:
