@@ -131,6 +131,7 @@ def gradient_step(i, dq, lse_log2, less_delta, call, row, shared, IS_MASKED: gl.
     BLOCK_KV: gl.constexpr = call.BLOCK_KV
     S_LAYOUT: gl.constexpr = lse_log2.type.layout
     DTYPE: gl.constexpr = call.q[0].dtype
+    gl.assume(i >= 0)  # then stages are found without regard to the sign
     # 0, but the compiler can't know: so it computes anew, each step, where tiles that stay the same lie, and their
     # addresses take no registers
     zero = i >> 30

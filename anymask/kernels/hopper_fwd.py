@@ -318,6 +318,7 @@ def attend_step(
 ):
     """Scores of tile i, and the output of tile i - 1, whose P is `pairs`."""
     S_LAYOUT: gl.constexpr = softmax.row_max.type.layout.parent
+    gl.assume(i > 0)  # then stages are found without regard to the sign
     rings.k.wait(i)
     kv_start = start_of_tile(call, rings, i, IS_MASKED)  # behind products it would come when the last has begun
     if call.HAS_TURNS:
