@@ -18,6 +18,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from anymask.kernels.functions import near
 from anymask.kernels.hopper_chunks import accumulators, allocate_tiles, bytes_of, chunks_of, finished
 from anymask.kernels.hopper_pipeline import (
+    FIRST_BARRIER,
+    LAST_BARRIER,
     Ring,
     RowQueue,
     begin_store,
@@ -490,6 +492,7 @@ def hopper_forward_kernel(
     A persistent one goes on with further tiles: numbers from the grid's size on, which programs draw from counter.
     """
     NUM_CONSUMERS: gl.constexpr = BLOCK_Q // ROWS
+    gl.static_assert(FIRST_BARRIER + 2 * STAGES - 1 <= LAST_BARRIER - NUM_CONSUMERS)
     q = chunks_of(q, q_rest)
     k = chunks_of(k, k_rest)
     v = chunks_of(v, v_rest)
@@ -500,8 +503,8 @@ def hopper_forward_kernel(
     rings = Rings(
         RowQueue.create(NUM_FIELDS, NUM_CONSUMERS + 1, counter is not None),
         Ring.create(q, NUM_CONSUMERS if counter is None else NUM_CONSUMERS * 2, 1),
-        Ring.create(k, STAGES, NUM_CONSUMERS),
-        Ring.create(v, STAGES, NUM_CONSUMERS),
+        Ring.create(k, STAGES, NUM_CONSUMERS, FIRST_BARRIER),
+        Ring.create(v, STAGES, NUM_CONSUMERS, FIRST_BARRIER + STAGES),
         gl.allocate_shared_memory(gl.int32, [STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])),
         staged,
     )

@@ -77,8 +77,7 @@ class Ring:
         """An empty ring for tiles of the descriptors `chunks`.
 
         EMPTY: the first of STAGES named barriers for empty; mbarriers if None. At a named barrier each warp arrives for
-        itself; at an mbarrier a thread does for its warpgroup, whose warps wait for each other first. The backwards are
-        faster with named ones, the forward is not.
+        itself; at an mbarrier a thread does for its warpgroup, whose warps wait for each other first.
         """
         tiles = allocate_tiles(chunks, STAGES)
         full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
