@@ -286,8 +286,10 @@ def score_product(rings, q_load, i, S_LAYOUT: gl.constexpr):
 
 @gluon.jit
 def output_product(rings, pairs, correction, acc, i):
-    """O = O * correction + P V(i), issued, for each chunk of columns    of each chunk [ROWS, columns] f32"""
-    rings.v.wait(i)
+    """O = O * correction + P V(i), which has come, issued, for each chunk of columns
+
+    Of each chunk [ROWS, columns] f32.
+    """
     issued = ()
     for c in gl.static_range(len(acc)):
         issued += (chunk_product(rings.v.tile(i, c), pairs, correction, acc[c]),)
@@ -299,7 +301,6 @@ def chunk_product(v_tile, pairs, correction, acc):
     """O = O * correction + P V, issued    [ROWS, columns] f32"""
     O_LAYOUT: gl.constexpr = acc.type.layout
     p = unpack_pairs(pairs, v_tile.dtype, gl.DotOperandLayout(0, O_LAYOUT, 2))
-    # behind the wait for V, so that it stays behind the issue of Q K^T
     acc = rescaled(acc, correction)
     return warpgroup_mma(p, v_tile, acc, is_async=True)
 
@@ -337,8 +338,8 @@ def attend_step(
         s = shown(call, row, kv_start, s)
         rings.k.release(i)  # ptxas moves no read past this: those of the mask now come while S is computed
     softmax, p, correction = softmax.add(s, factor, IS_MASKED or call.SCORE is not None)
-    # Q has come, but ptxas moves nothing past this: else it waits for O before the exponentials
-    rings.q.wait(q_load)
+    # V is for the next step, but ptxas moves nothing past this: else it waits for O before the exponentials
+    rings.v.wait(i)
     acc = finished(acc, 0)
     rings.v.release(i - 1)
     pairs = pack_pairs(p, call.q[0].dtype)  # only now are the registers of the previous P free: else C7513
@@ -408,6 +409,7 @@ def attend_row(call, rings, row, n, first, WARPGROUP: gl.constexpr):
             s = shown(call, row, kv_start, s)
         rings.k.release(first)
         softmax, p, correction = softmax.add(s, factor, MAY_HIDE or call.SCORE is not None)
+        rings.v.wait(first)
         pairs = pack_pairs(p, call.q[0].dtype)
 
         if MAY_HIDE:

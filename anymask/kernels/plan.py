@@ -365,10 +365,10 @@ def _override_hopper(default: HopperConfig, wanted: Any, tile: tuple[int, int], 
             f"config['forward'] = {wanted} should name BLOCK_Q, BLOCK_KV, num_stages, has_turns or is_persistent of "
             "the Gluon forward"
         ) from None
-    # there are barriers for four stages
-    if config.BLOCK_Q not in (64, 128, 192) or config.BLOCK_KV not in (64, 128) or not 1 <= config.num_stages <= 4:
+    # a step waits for its values before it gives up those of the step before; there are barriers for four stages
+    if config.BLOCK_Q not in (64, 128, 192) or config.BLOCK_KV not in (64, 128) or not 2 <= config.num_stages <= 4:
         raise UnsupportedError(
-            "config['forward']: the Gluon forward takes BLOCK_Q 64, 128 or 192, BLOCK_KV 64 or 128, num_stages from 1 "
+            "config['forward']: the Gluon forward takes BLOCK_Q 64, 128 or 192, BLOCK_KV 64 or 128, num_stages from 2 "
             f"to 4: {config}"
         )
     if max(config.BLOCK_Q, tile[0]) % min(config.BLOCK_Q, tile[0]):

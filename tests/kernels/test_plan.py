@@ -155,7 +155,8 @@ def test_why_says_what_was_chosen() -> None:
         ({"backend": "gluon", "config": {"forward": {"BLOCK_Q": 192}}}, "none divides"),
         ({"backend": "gluon", "tile": (64, 64), "config": {"forward": {"BLOCK_Q": 192}}}, "fewer stages"),
         ({"backend": "gluon", "config": {"forward": {"num_stages": 4}}}, "fewer stages"),
-        ({"D": 16, "backend": "gluon", "config": {"forward": {"num_stages": 5}}}, "num_stages from 1 to 4"),  # barriers
+        ({"D": 16, "backend": "gluon", "config": {"forward": {"num_stages": 5}}}, "num_stages from 2 to 4"),  # barriers
+        ({"D": 16, "backend": "gluon", "config": {"forward": {"num_stages": 1}}}, "num_stages from 2 to 4"),
         ({"arch": "sm_80", "config": {"dkdv": {"is_fused": True}}}, "Gluon backward.* for sm_90, not sm_80"),
         ({"D": 136, "config": {"dkdv": {"is_fused": True}}}, "dq is a kernel of its own"),
         ({"D": 136, "config": {"dkdv": {"is_fused": False, "is_split": False}}}, "is_split is for D or Dv above 128"),
