@@ -141,8 +141,8 @@ def gradient_step(i, dq, lse_log2, less_delta, call, row, shared, IS_MASKED: gl.
     v = shared.v.chunks(i)
     zeros = gl.zeros([ROWS, BLOCK_KV], gl.float32, S_LAYOUT)
     shared.k.wait(i)
-    # as a multiple of BLOCK_KV, so that the compiler sees that captured vectors may be read two numbers at a time. Behind
-    # products that were issued it would come when the last of them has begun
+    # as a multiple of BLOCK_KV, so that the compiler sees that captured vectors may be read two numbers at a time.
+    # Behind products that were issued it would come when the last of them has begun
     kv_start = read_number(shared.tiles.index(i % shared.k.STAGES), 4) * BLOCK_KV
     less_delta = copies(less_delta, zeros)
     # S = Q K^T    [ROWS, BLOCK_KV] f32
