@@ -226,6 +226,9 @@ def gradient_step(i, last, dk, dv, call, work, h, shared, IS_MASKED: gl.constexp
         wait_turn(WARPGROUP)
     # S^T = K Q^T    [ROWS, BLOCK_Q] f32
     s = product_of_columns(k, q, zeros, False)
+    if not READS_EARLY:
+        q_start = first_query(call, shared, i)
+        lse_log2 = row_vector(call, shared, i, 0, S_LAYOUT)
     v = shared.v.chunks(WARPGROUP + zero, zero)
     # dP^T - delta = V dO^T - delta    [ROWS, BLOCK_Q] f32
     if not call.HAS_TURNS:
@@ -233,9 +236,6 @@ def gradient_step(i, last, dk, dv, call, work, h, shared, IS_MASKED: gl.constexp
     dp = product_of_columns(v, dout, less_delta, True)
     if call.HAS_TURNS:
         pass_turn(WARPGROUP, call.NUM_CONSUMERS)
-    if not READS_EARLY:
-        q_start = first_query(call, shared, i)
-        lse_log2 = row_vector(call, shared, i, 0, S_LAYOUT)
     s = warpgroup_mma_wait(len(v), deps=[s])
     q_idx, kv_idx = indices(call, q_start, work.kv_start + WARPGROUP * ROWS, S_LAYOUT)
     p = probability(s, lse_log2, call, work, h, q_idx, kv_idx, IS_MASKED)
