@@ -72,15 +72,16 @@ TARGETS = {
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 KERNELS = ("forward", "dkdv", "dq", "classify", "walk", "order")
-# The variants of hopper_backward. hopper_fused and those below: with dQ in it, after rows and before dq_of_sum.
+# The variants of hopper_backward. hopper_fused to hopper_wide: with dQ in it, after rows and before dq_of_sum.
 HOPPER_BACKWARDS: dict[str, dict[str, Any]] = {
     "hopper_dkdv": {"is_fused": False},
     "hopper_lone": {"is_fused": False, "num_consumers": 1},
     "hopper_fused": {"is_fused": True},
     "hopper_persistent": {"is_fused": True, "is_persistent": True},
     "hopper_wide": {"is_fused": True, "BLOCK_Q": 128, "num_stages": 2, "is_persistent": True},
+    "hopper_apart": {"is_fused": False, "BLOCK_Q": 128, "num_stages": 2},
 }
-OF_KINDS = {"hopper_persistent": "regular", "hopper_wide": "regular"}  # as plan.kinds_of
+OF_KINDS = {"hopper_persistent": "regular", "hopper_wide": "regular", "hopper_apart": "regular"}  # as plan.kinds_of
 # By the variant that it comes after.
 HOPPER_DQS = {"hopper_dkdv": "hopper_dq", "hopper_lone": "hopper_lone_dq"}
 # Only where plan.py has one.
@@ -194,7 +195,7 @@ def sample_jobs() -> Iterator[Job]:
     yield Job("documents_causal", "", "bf16", 128, 128, "sm_90", kernels=("hopper_forward",), hopper=persistent)
     yield Job("causal_top_left", "capped", "bf16", 128, 128, "sm_90", kernels=tuple(HOPPER_BACKWARDS))
     yield Job("window", "", "bf16", 128, 128, "sm_90", kernels=("hopper_persistent",))
-    yield Job("everything", "", "bf16", 64, 64, "sm_90", kernels=("hopper_persistent", "hopper_wide"))
+    yield Job("everything", "", "bf16", 64, 64, "sm_90", kernels=("hopper_persistent", "hopper_wide", "hopper_apart"))
     yield Job("documents_causal", "", "bf16", 192, 128, "sm_90", kernels=("hopper_forward", "hopper_dkdv", "hopper_dq"))
     yield Job("block_diffusion", "capped_and_biased", "f16", 64, 64, "sm_80", Sq=1000)
     yield Job("bit_table", "", "bf16", 256, 256, "sm_90", kernels=("forward", "dkdv"))

@@ -18,12 +18,13 @@ from tests.test_zoo import run
 IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not IS_HOPPER, reason="needs a Hopper GPU")]
 # the Hopper backward, with dQ in it and without: the fast mode and the deterministic one; the latter with one consumer;
-# the first also persistent, and with 128 queries a step, for head dims up to 64
+# the first also persistent, and the first two with 128 queries a step, for head dims up to 64
 FUSED, APART = ({"dkdv": {"is_fused": is_fused}} for is_fused in (True, False))
 LONE = {"dkdv": {"is_fused": False, "num_consumers": 1}}
 PERSISTENT = {"dkdv": FUSED["dkdv"] | {"is_persistent": True}}
 WIDE = {"dkdv": {"is_fused": True, "BLOCK_Q": 128, "num_stages": 2}}
 WIDE_PERSISTENT = {"dkdv": WIDE["dkdv"] | {"is_persistent": True}}
+WIDE_APART = {"dkdv": WIDE["dkdv"] | {"is_fused": False}}
 BACKWARDS = (FUSED, APART, LONE, PERSISTENT)
 
 
@@ -157,15 +158,15 @@ def test_score_function_on_hopper(i: int, name: str) -> None:
 @pytest.mark.parametrize("cap", [0.3, 3.0, 50.0])
 def test_caps_below_and_above_the_scores(cap: float) -> None:
     """A warp takes a polynomial where all its scores are below half the cap: always, never, or as it comes."""
-    for config in (*BACKWARDS, WIDE):
-        D = 64 if config is WIDE else 128
+    for config in (*BACKWARDS, WIDE, WIDE_APART):
+        D = 64 if config in (WIDE, WIDE_APART) else 128
         run("gluon", causal(), softcap(cap), (2, 4, 2, 200, 170, D, 64), torch.bfloat16, "cuda", 128, config=config)
 
 
 @pytest.mark.parametrize("D, Dv", [(64, 64), (64, 128), (128, 64), (128, 128)])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 1)], ids=str)
 def test_sizes_on_hopper(heads: tuple[int, int], D: int, Dv: int) -> None:
-    configs = (*BACKWARDS, WIDE, WIDE_PERSISTENT)[: 6 if max(D, Dv) <= 64 else 4]
+    configs = (*BACKWARDS, WIDE, WIDE_PERSISTENT, WIDE_APART)[: 7 if max(D, Dv) <= 64 else 4]
     for i, S in enumerate(((1, 1), (7, 200), (128, 128), (127, 129), (700, 1500), (1500, 700))):
         for j, mask in enumerate((None, sliding_window(300, 20))):
             config = configs[(i + j) % len(configs)]
@@ -241,7 +242,8 @@ def test_the_hopper_backward_run_to_run() -> None:
     for D in (64, 128):
         q, k, v, dout, _ = inputs(2, 8, 4, 2048, 2048, D, D, torch.bfloat16, "cuda")
         for mask in (None, causal()):
-            for config, deterministic in ((APART, True), (LONE, True), (FUSED, False), (PERSISTENT, False)):
+            apart = WIDE_APART if D == 64 else APART
+            for config, deterministic in ((apart, True), (LONE, True), (FUSED, False), (PERSISTENT, False)):
                 first: tuple[Tensor, ...] | None = None
                 for _ in range(10):
                     out = attention(q, k, v, mask=mask, config=config, deterministic=deterministic)

@@ -55,7 +55,7 @@ class HopperBackwardConfig:
     is_split: of the same 64 keys one warpgroup has S, P and dV, the other dP, dS and dK: registers do for both up to
     head dim 128 alone. Else each has both, of 64 keys of its own.
     num_consumers: 2, or, not fused, 1, of which a multiprocessor runs two programs at a time where they fit.
-    BLOCK_Q: queries of a step, 64, or 128 where it is fused and head dims are up to 64.
+    BLOCK_Q: queries of a step, 64, or 128 with two consumers where head dims are up to 64.
     is_persistent: where it is fused: a program for each multiprocessor, which takes one tile of keys after the other.
     """
 

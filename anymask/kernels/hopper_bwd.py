@@ -420,7 +420,7 @@ def hopper_backward_kernel(
     SCORE_GRAD: gl.constexpr,
     G: gl.constexpr,
     NUM_CONSUMERS: gl.constexpr,  # 2, or 1 where dq is None
-    BLOCK_Q: gl.constexpr,  # of a step: ROWS, or, where dq is not None, two times ROWS
+    BLOCK_Q: gl.constexpr,  # of a step: ROWS, or, with two consumers, two times ROWS
     TILE_Q: gl.constexpr,
     TILE_KV: gl.constexpr,
     IS_EVEN_Q: gl.constexpr,  # no tile hangs over the end of the queries

@@ -425,10 +425,10 @@ def _hopper_backward(
             f"config['dkdv']: with D {D} and Dv {Dv} dq is a kernel of its own, and one consumer has dk, another dv. "
             "Try is_fused=False, num_consumers=2"
         )
-    if chosen.BLOCK_Q != 64 and not (chosen.BLOCK_Q == 128 and chosen.is_fused and max(D, Dv) <= 64):
+    if chosen.BLOCK_Q != 64 and not (chosen.BLOCK_Q == 128 and chosen.num_consumers == 2 and max(D, Dv) <= 64):
         raise UnsupportedError(
-            "config['dkdv']: the Gluon backward takes BLOCK_Q 64, or 128 where is_fused and D and Dv are at most 64: "
-            f"{chosen} for D {D} and Dv {Dv}"
+            "config['dkdv']: the Gluon backward takes BLOCK_Q 64, or, with two consumers and D and Dv of at most 64, "
+            f"128: {chosen} for D {D} and Dv {Dv}"
         )
     if chosen.is_fused and "dq" in config:
         raise UnsupportedError("config['dq']: the Gluon backward computes dq too where is_fused. Try is_fused=False")

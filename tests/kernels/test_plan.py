@@ -170,8 +170,11 @@ def test_why_says_what_was_chosen() -> None:
         ({"config": {"dkdv": {"is_fused": False, "num_consumers": 3}}}, "1 or 2 consumers, not 3"),
         ({"config": {"dkdv": {"is_fused": True, "num_consumers": 1}}}, "leaves dq to another kernel"),
         ({"config": {"dkdv": {"is_fused": False, "is_persistent": True}}}, "persistent only where is_fused"),
-        ({"config": {"dkdv": {"is_fused": True, "BLOCK_Q": 128}}}, "BLOCK_Q 64, or 128 where is_fused and D and Dv"),
-        ({"D": 64, "config": {"dkdv": {"is_fused": False, "BLOCK_Q": 128}}}, "BLOCK_Q 64, or 128 where is_fused"),
+        (
+            {"config": {"dkdv": {"is_fused": True, "BLOCK_Q": 128}}},
+            "BLOCK_Q 64, or, with two consumers and D and Dv of",
+        ),
+        ({"D": 64, "config": {"dkdv": {"is_fused": False, "num_consumers": 1, "BLOCK_Q": 128}}}, "with two consumers"),
         ({"D": 256, "config": {"dkdv": {"is_fused": False, "num_stages": 3}}}, "would take 281088"),
         ({"D": 16, "config": {"dkdv": {"is_fused": True, "num_stages": 4}}}, "num_stages from 1 to 3"),  # barriers
         ({"config": {"dkdv": {"is_fused": True, "num_stages": 0}}}, "num_stages from 1 to 3"),
