@@ -12,7 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from anymask.kernels.functions import near
 from anymask.kernels.hopper_chunks import accumulators, bytes_of, chunks_of, finished
-from anymask.kernels.hopper_fwd import indices, row_from, row_of, walks_of
+from anymask.kernels.hopper_fwd import indices, row_from, row_of, walks_of, whole_row
 from anymask.kernels.hopper_pipeline import FIRST_BARRIER, LAST_BARRIER, Ring, meet_warps, read_number, write_number
 from anymask.kernels.hopper_step import copies, product_of_columns, products_of_rows, store_chunks
 from anymask.kernels.hopper_work import ROWS
@@ -73,7 +73,7 @@ class Shared:
 @gluon.jit
 def load_tiles(call, shared):
     """Role of one warp: load what the consumers read. The walk is a step ahead of the loads."""
-    row = row_from(row_of(call, gl.program_id(0)), 0)
+    row = whole_row(row_of(call, gl.program_id(0)))
     kv_head = row.h // call.G
     masked, full = walks_of(call, row)
     NUM_CONSUMERS: gl.constexpr = call.BLOCK_Q // ROWS
@@ -176,7 +176,7 @@ def differentiate(call, shared, WARPGROUP: gl.constexpr):
     """Role of a warpgroup: dq of ROWS queries."""
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, call.BLOCK_KV, 16])
     MAY_HIDE: gl.constexpr = call.MASK is not None or not call.IS_EVEN_KV
-    row = row_from(row_of(call, gl.program_id(0)), WARPGROUP * ROWS)
+    row = row_from(row_of(call, gl.program_id(0)), WARPGROUP)
     lse_log2 = row_vector(call, row, 0, S_LAYOUT)
     less_delta = row_vector(call, row, 1, S_LAYOUT)
     dq = accumulators(call.dq)

@@ -36,11 +36,12 @@ def forward_recipe(
     mask: Any,
     score: Any,
     config: HopperConfig,
+    has_halves: bool,
 ) -> Recipe:
     """For q, k, v, out, lse, a counter if it is persistent, the walk's tensors, captured ones.
 
     walk: the arguments walk to heads_together of kernels/tile.py, the walk None where no mask hides anything.  tile: of
-    the walk.  mask, score: jitted functions or None.
+    the walk.  mask, score: jitted functions or None.  has_halves: the walk knows what half a tile of queries sees.
     """
     Hq, Sq, Skv = q.shape[1], q.shape[2], k.shape[2]
     num_rows, num_heads = walk[3:5]
@@ -74,6 +75,7 @@ def forward_recipe(
         IS_EVEN_KV=Skv % tile[1] == 0,
         STAGES=config.num_stages,
         HAS_TURNS=config.has_turns,
+        HAS_SKIPS=has_halves and config.num_consumers == 2 and tile[0] == config.BLOCK_Q and not config.has_turns,
         REGISTERS=(*of_roles, of_roles[-1]),  # the warp that finds rows is of the producer's warpgroup
         num_warps=4,
         maxnreg=registers,

@@ -53,7 +53,10 @@ def forward_recipe(alike: Likeness) -> Recipe:
 
         mask = None if maps is None else mask
         tensors = (alike.q, alike.k, alike.v, alike.out)
-        return hopper_launch.forward_recipe(*tensors, walk, (tile_q, tile_kv), scale, bindings, mask, score, config)
+        has_halves = maps is not None and tile_q > alike.tile[0]
+        return hopper_launch.forward_recipe(
+            *tensors, walk, (tile_q, tile_kv), scale, bindings, mask, score, config, has_halves
+        )
     return Recipe(
         alike.q.device,
         forward_kernel,
