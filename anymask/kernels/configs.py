@@ -57,6 +57,8 @@ class HopperBackwardConfig:
     num_consumers: 2, or, not fused, 1, of which a multiprocessor runs two programs at a time where they fit.
     BLOCK_Q: queries of a step, 64, or 128 with two consumers where head dims are up to 64.
     is_persistent: where it is fused: a program for each multiprocessor, which takes one tile of keys after the other.
+    has_turns: where it is not fused, two consumers issue their products in turns. Else each skips queries that see none
+    of its 64 keys.
     """
 
     num_stages: int
@@ -65,6 +67,7 @@ class HopperBackwardConfig:
     num_consumers: int = 2
     BLOCK_Q: int = 64
     is_persistent: bool = False
+    has_turns: bool = True
 
     @property
     def BLOCK_KV(self) -> int:
@@ -73,6 +76,7 @@ class HopperBackwardConfig:
     def __str__(self) -> str:
         ways = " and dq" * self.is_fused + f" in Gluon, {_warpgroups(self)}"
         ways += ", of dk and dv" * self.is_split + ", persistent" * self.is_persistent
+        ways += ", without turns" * (not self.has_turns)
         return f"{self.BLOCK_Q}x{self.BLOCK_KV}{ways}, {self.num_stages} stages"
 
 

@@ -51,7 +51,7 @@ from anymask.kernels.hopper_step import (
     store_chunks,
 )
 from anymask.kernels.hopper_sum import LINE, columns_of, lines_of
-from anymask.kernels.hopper_work import NUM_FIELDS, ROWS, find_works, load_tiles, taken_work, visit_of
+from anymask.kernels.hopper_work import NUM_FIELDS, ROWS, find_works, load_tiles, own_visit, taken_work
 from anymask.kernels.record import record
 
 
@@ -91,6 +91,7 @@ class Call:
     IS_EVEN_Q: gl.constexpr
     IS_EVEN_KV: gl.constexpr
     HAS_TURNS: gl.constexpr
+    HAS_SKIPS: gl.constexpr
 
 
 @record
@@ -275,6 +276,19 @@ def gradient_step(i, last, dk, dv, call, work, h, shared, IS_MASKED: gl.constexp
 
 
 @gluon.jit
+def skip_steps(shared, i, num_steps):
+    """Steps from step i on whose queries see keys of the other consumer alone; the step after them."""
+    for _ in range(num_steps):
+        # not before they have come: what is released then is this load, and not the one before in its place
+        shared.q.wait(i)
+        shared.q.release(i)
+        shared.dout.wait(i)
+        shared.dout.release(i)
+        i += 1
+    return i
+
+
+@gluon.jit
 def differentiate(call, shared, WARPGROUP: gl.constexpr):
     """Role of a warpgroup: dk and dv of ROWS keys, summed over the query heads that read them, of each work of a
     persistent program.
@@ -298,7 +312,7 @@ def differentiate_work(call, shared, work, n, i, WARPGROUP: gl.constexpr):
     MAY_HIDE: gl.constexpr = call.MASK is not None or not call.IS_EVEN_KV
     dk = accumulators(call.dk)
     dv = accumulators(call.dv)
-    visit = visit_of(call, work, 0)  # its numbers come while K does
+    visit = own_visit(call, work, 0, WARPGROUP)  # its numbers come while K does
     for consumer in gl.static_range(call.NUM_CONSUMERS):
         shared.k.wait(n * call.NUM_CONSUMERS + consumer)
     shared.v.wait(n * call.NUM_CONSUMERS + WARPGROUP)
@@ -313,7 +327,9 @@ def differentiate_work(call, shared, work, n, i, WARPGROUP: gl.constexpr):
         pass_turn(WARPGROUP, call.NUM_CONSUMERS)
     for g in range(call.G):
         if call.G > 1:
-            visit = visit_of(call, work, g)
+            visit = own_visit(call, work, g, WARPGROUP)
+        if call.HAS_SKIPS:
+            i = skip_steps(shared, i, visit.num_before)
         if MAY_HIDE:
             for _ in range(visit.num_masked):
                 last, dk, dv = gradient_step(i, last, dk, dv, call, work, visit.h, shared, True, WARPGROUP)
@@ -321,6 +337,8 @@ def differentiate_work(call, shared, work, n, i, WARPGROUP: gl.constexpr):
         for _ in range(visit.num_full):
             last, dk, dv = gradient_step(i, last, dk, dv, call, work, visit.h, shared, False, WARPGROUP)
             i += 1
+        if call.HAS_SKIPS:
+            i = skip_steps(shared, i, visit.num_after)
     if call.HAS_TURNS and WARPGROUP == 0:
         wait_turn(WARPGROUP)  # the turn that was passed on last
     if call.counter is not None:
@@ -427,6 +445,8 @@ def hopper_backward_kernel(
     IS_EVEN_KV: gl.constexpr,  # nor of the keys
     IS_SPLIT: gl.constexpr,  # one consumer has dk, the other dv
     STAGES: gl.constexpr,  # of q and dout
+    HAS_TURNS: gl.constexpr,
+    HAS_SKIPS: gl.constexpr,  # two consumers without turns each skip steps that see none of their keys; dq is None
     REGISTERS: gl.constexpr,  # of the roles but the first
 ):
     """dk and dv of one tile of keys, and what it adds to dq. Grid: a program for each tile of each head of keys, in the
@@ -499,7 +519,8 @@ def hopper_backward_kernel(
         TILE_KV,
         IS_EVEN_Q,
         IS_EVEN_KV,
-        dq is None and NUM_CONSUMERS == 2 and not IS_SPLIT,  # fused, consumers are faster without turns
+        HAS_TURNS,
+        HAS_SKIPS,
     )
     if IS_SPLIT:
         gl.warp_specialize(

@@ -154,6 +154,7 @@ def backward_recipe(
     score: Any,
     score_gradient: Any,
     config: HopperBackwardConfig,
+    has_halves: bool,
 ) -> Recipe:
     """For q, k, v, dout, rows, the sum of dQ if config is fused, dk, dv, a counter if it is persistent, the walk's
     tensors, captured ones.
@@ -163,6 +164,8 @@ def backward_recipe(
     (_, Hq, Sq, _), (_, Hkv, Skv, _) = q.shape, k.shape
     num_rows, num_heads = walk[3:5]
     registers, of_roles = HOPPER_REGISTERS[config.num_consumers]
+    # what one consumer does, the other need not: fused, they are faster without turns
+    is_by_halves = config.num_consumers == 2 and not (config.is_fused or config.is_split)
     programs = num_heads * num_rows * tile[1] // config.BLOCK_KV
     if config.is_persistent:
         programs = min(programs, _num_multiprocessors(q.device))
@@ -198,6 +201,8 @@ def backward_recipe(
         IS_EVEN_KV=Skv % tile[1] == 0,
         IS_SPLIT=config.is_split,
         STAGES=config.num_stages,
+        HAS_TURNS=is_by_halves and config.has_turns,
+        HAS_SKIPS=is_by_halves and not config.has_turns and has_halves and tile[1] == config.BLOCK_KV,
         REGISTERS=of_roles,
         num_warps=4,
         maxnreg=registers,
@@ -218,6 +223,7 @@ def dq_recipe(
     score: Any,
     score_gradient: Any,
     config: HopperDqConfig,
+    has_halves: bool,
 ) -> Recipe:
     """For q, k, v, dout, dq, rows, the walk's tensors, captured ones. Arguments as of forward_recipe."""
     (_, Hq, Sq, _), (_, Hkv, Skv, _) = q.shape, k.shape
@@ -250,6 +256,7 @@ def dq_recipe(
         TILE_KV=tile[1],
         IS_EVEN_KV=Skv % tile[1] == 0,
         STAGES=config.num_v_stages,
+        HAS_SKIPS=has_halves and config.num_consumers == 2 and tile[0] == config.BLOCK_Q,
         REGISTERS=of_roles,
         num_warps=4,
         maxnreg=registers,
