@@ -78,7 +78,7 @@ HOPPER_BACKWARDS: dict[str, dict[str, Any]] = {
     "hopper_lone": {"is_fused": False, "num_consumers": 1},
     "hopper_fused": {"is_fused": True},
     "hopper_persistent": {"is_fused": True, "is_persistent": True},
-    "hopper_wide": {"is_fused": True, "BLOCK_Q": 128, "num_stages": 2, "is_persistent": True},
+    "hopper_wide": {"is_fused": True, "BLOCK_Q": 128, "num_stages": 2, "is_persistent": True, "num_key_tiles": 2},
     "hopper_apart": {"is_fused": False, "BLOCK_Q": 128, "num_stages": 2},
 }
 OF_KINDS = {"hopper_persistent": "regular", "hopper_wide": "regular", "hopper_apart": "regular"}  # as plan.kinds_of

@@ -24,6 +24,7 @@ LONE = {"dkdv": {"is_fused": False, "num_consumers": 1}}
 PERSISTENT = {"dkdv": FUSED["dkdv"] | {"is_persistent": True}}
 WIDE = {"dkdv": {"is_fused": True, "BLOCK_Q": 128, "num_stages": 2}}
 WIDE_PERSISTENT = {"dkdv": WIDE["dkdv"] | {"is_persistent": True}}
+TWO_TILES = {"dkdv": WIDE_PERSISTENT["dkdv"] | {"num_key_tiles": 2}}
 WIDE_APART = {"dkdv": WIDE["dkdv"] | {"is_fused": False}}
 BACKWARDS = (FUSED, APART, LONE, PERSISTENT)
 
@@ -166,7 +167,7 @@ def test_caps_below_and_above_the_scores(cap: float) -> None:
 @pytest.mark.parametrize("D, Dv", [(64, 64), (64, 128), (128, 64), (128, 128)])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 1)], ids=str)
 def test_sizes_on_hopper(heads: tuple[int, int], D: int, Dv: int) -> None:
-    configs = (*BACKWARDS, WIDE, WIDE_PERSISTENT, WIDE_APART)[: 7 if max(D, Dv) <= 64 else 4]
+    configs = (*BACKWARDS, WIDE, TWO_TILES, WIDE_APART, WIDE_PERSISTENT)[: 8 if max(D, Dv) <= 64 else 4]
     for i, S in enumerate(((1, 1), (7, 200), (128, 128), (127, 129), (700, 1500), (1500, 700))):
         for j, mask in enumerate((None, sliding_window(300, 20))):
             config = configs[(i + j) % len(configs)]
@@ -185,7 +186,7 @@ def test_map_tiles_on_hopper(tile: int, config: Any) -> None:
 @pytest.mark.parametrize("D, Dv", [(64, 64), (128, 128), (96, 40), (72, 112)], ids=str)
 def test_persistent_backward_of_many_rows(D: int, Dv: int, heads: tuple[int, int]) -> None:
     """Each program works on several tiles of keys, some of which no query sees."""
-    for config in (PERSISTENT, WIDE_PERSISTENT) if max(D, Dv) <= 64 else (PERSISTENT,):
+    for config in (PERSISTENT, WIDE_PERSISTENT, TWO_TILES) if max(D, Dv) <= 64 else (PERSISTENT,):
         for i, name in enumerate(("", "causal_offset_per_batch", "documents_unsorted_padded", "window_per_head")):
             S = (600, 500) if i % 2 else (512, 640)
             mask = MASKS[name](Sizes(8, heads[0], *S, "cuda")) if name else None

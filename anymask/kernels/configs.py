@@ -59,6 +59,8 @@ class HopperBackwardConfig:
     is_persistent: where it is fused: a program for each multiprocessor, which takes one tile of keys after the other.
     has_turns: where it is not fused, two consumers issue their products in turns. Else each skips queries that see none
     of its 64 keys.
+    num_key_tiles: tiles of keys, with their values, in shared memory: 2 in a persistent program that has room for the
+    next one's.
     """
 
     num_stages: int
@@ -68,6 +70,7 @@ class HopperBackwardConfig:
     BLOCK_Q: int = 64
     is_persistent: bool = False
     has_turns: bool = True
+    num_key_tiles: int = 1
 
     @property
     def BLOCK_KV(self) -> int:
@@ -76,7 +79,7 @@ class HopperBackwardConfig:
     def __str__(self) -> str:
         ways = " and dq" * self.is_fused + f" in Gluon, {_warpgroups(self)}"
         ways += ", of dk and dv" * self.is_split + ", persistent" * self.is_persistent
-        ways += ", without turns" * (not self.has_turns)
+        ways += ", without turns" * (not self.has_turns) + ", 2 tiles of keys" * (self.num_key_tiles == 2)
         return f"{self.BLOCK_Q}x{self.BLOCK_KV}{ways}, {self.num_stages} stages"
 
 

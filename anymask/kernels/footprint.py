@@ -100,7 +100,7 @@ def hopper_backward_shared_memory(config: HopperBackwardConfig, D: int, Dv: int)
     fused = steps * 2 * block_q * block_kv + 4 * block_q * D if config.is_fused else 0
     handed = 2 * 2 * block_q * block_kv if config.is_split else 0
     staged = config.num_stages * block_q * (2 * (D + Dv) + 8)
-    return 2 * block_kv * (D + Dv) + staged + fused + handed + 1024
+    return 2 * config.num_key_tiles * block_kv * (D + Dv) + staged + fused + handed + 1024
 
 
 def hopper_dq_shared_memory(config: HopperDqConfig, D: int, Dv: int) -> int:

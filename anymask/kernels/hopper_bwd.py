@@ -90,6 +90,7 @@ class Call:
     TILE_KV: gl.constexpr
     IS_EVEN_Q: gl.constexpr
     IS_EVEN_KV: gl.constexpr
+    KEY_TILES: gl.constexpr
     HAS_TURNS: gl.constexpr
     HAS_SKIPS: gl.constexpr
 
@@ -132,31 +133,40 @@ def steps_of_ds(BLOCK_Q):
 
 
 @gluon.jit
-def half_products(call, shared, i, zero, WARPGROUP: gl.constexpr):
+def half_products(call, shared, i, keys, zero, WARPGROUP: gl.constexpr):
     """A consumer's half of dQ = dS K of step i, issued: half the queries of each chunk, or half the columns where there
     are ROWS queries    of each chunk [ROWS, columns of a half] f32
+
+    keys: the first place of K.
     """
     step = i % steps_of_ds(call.BLOCK_Q)
     issued = ()
     for c in gl.static_range(len(shared.dq)):
-        issued += (half_product(call, shared, step, zero, c, WARPGROUP),)
+        issued += (half_product(call, shared, step, keys, zero, c, WARPGROUP),)
     return issued
 
 
 @gluon.jit
-def half_product(call, shared, step, zero, C: gl.constexpr, WARPGROUP: gl.constexpr):
+def half_product(call, shared, step, keys, zero, C: gl.constexpr, WARPGROUP: gl.constexpr):
     """Of chunk C."""
     COLUMNS: gl.constexpr = columns_of(call.dq[C])
     dq = accumulator(ROWS, COLUMNS)
     for consumer in gl.static_range(call.NUM_CONSUMERS):
         ds = shared.ds.index(consumer * steps_of_ds(call.BLOCK_Q) + step)
-        k = shared.k.tile(consumer + zero, C, zero)
+        k = shared.k.tile(keys + consumer, C, zero)
         if call.BLOCK_Q > ROWS:
             ds = ds.slice(WARPGROUP * ROWS, ROWS, 1)
         else:
             k = k.slice(WARPGROUP * COLUMNS, COLUMNS, 1)
         dq = warpgroup_mma(ds.permute((1, 0)), k, dq, use_acc=consumer > 0, is_async=True)
     return dq
+
+
+@gluon.jit
+def keys_of(call, n):
+    """The first place of K and V of work number n."""
+    gl.assume(n >= 0)
+    return n % call.KEY_TILES * call.NUM_CONSUMERS
 
 
 @gluon.jit
@@ -200,9 +210,9 @@ def lines_of_tile(chunks):
 
 
 @gluon.jit
-def gradient_step(i, last, dk, dv, call, work, h, shared, IS_MASKED: gl.constexpr, WARPGROUP: gl.constexpr):
+def gradient_step(i, n, last, dk, dv, call, work, h, shared, IS_MASKED: gl.constexpr, WARPGROUP: gl.constexpr):
     """dk and dv with the queries of step i added, and the head and first query of these, whose dq gains the keys of all
-    consumers. Late, the dq of the step before does, whose head and first query are `last`.
+    consumers. Late, the dq of the step before does, whose head and first query are `last`.  n: of the work.
     """
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, call.BLOCK_Q, 16])
     DTYPE: gl.constexpr = call.q[0].dtype
@@ -212,9 +222,10 @@ def gradient_step(i, last, dk, dv, call, work, h, shared, IS_MASKED: gl.constexp
     # 0, but the compiler can't know: so it computes anew, each step, where tiles that stay the same lie, and their
     # addresses take no registers
     zero = i >> 30
+    keys = keys_of(call, n) + zero
     q = shared.q.chunks(i)
     dout = shared.dout.chunks(i)
-    k = shared.k.chunks(WARPGROUP + zero, zero)
+    k = shared.k.chunks(keys + WARPGROUP, zero)
     zeros = gl.zeros([ROWS, call.BLOCK_Q], gl.float32, S_LAYOUT)
     shared.q.wait(i)
     less_delta = copies(row_vector(call, shared, i, 1, S_LAYOUT), zeros)
@@ -230,7 +241,7 @@ def gradient_step(i, last, dk, dv, call, work, h, shared, IS_MASKED: gl.constexp
     if not READS_EARLY:
         q_start = first_query(call, shared, i)
         lse_log2 = row_vector(call, shared, i, 0, S_LAYOUT)
-    v = shared.v.chunks(WARPGROUP + zero, zero)
+    v = shared.v.chunks(keys + WARPGROUP, zero)
     # dP^T - delta = V dO^T - delta    [ROWS, BLOCK_Q] f32
     if not call.HAS_TURNS:
         shared.dout.wait(i)
@@ -256,13 +267,13 @@ def gradient_step(i, last, dk, dv, call, work, h, shared, IS_MASKED: gl.constexp
         if IS_LATE:
             shared.exchange.take(i + 1, WARPGROUP)  # of step i - 1
             give_ds(ds, call, shared, i, WARPGROUP)
-            dq = half_products(call, shared, i + 2, zero, WARPGROUP)
+            dq = half_products(call, shared, i + 2, keys, zero, WARPGROUP)
             tma.store_wait(0)  # until what this consumer added to dQ has been read; its warps wait for each other here
         else:
             give_ds(ds, call, shared, i, WARPGROUP)
             tma.store_wait(0)
             shared.exchange.take(i, WARPGROUP)
-            dq = half_products(call, shared, i, zero, WARPGROUP)
+            dq = half_products(call, shared, i, keys, zero, WARPGROUP)
         # dK += dS^T Q
         dk = products_of_rows(ds, q, dk)
         done = finished(dq + dv, len(dk))
@@ -332,10 +343,10 @@ def differentiate_work(call, shared, work, n, i, WARPGROUP: gl.constexpr):
             i = skip_steps(shared, i, visit.num_before)
         if MAY_HIDE:
             for _ in range(visit.num_masked):
-                last, dk, dv = gradient_step(i, last, dk, dv, call, work, visit.h, shared, True, WARPGROUP)
+                last, dk, dv = gradient_step(i, n, last, dk, dv, call, work, visit.h, shared, True, WARPGROUP)
                 i += 1
         for _ in range(visit.num_full):
-            last, dk, dv = gradient_step(i, last, dk, dv, call, work, visit.h, shared, False, WARPGROUP)
+            last, dk, dv = gradient_step(i, n, last, dk, dv, call, work, visit.h, shared, False, WARPGROUP)
             i += 1
         if call.HAS_SKIPS:
             i = skip_steps(shared, i, visit.num_after)
@@ -348,7 +359,8 @@ def differentiate_work(call, shared, work, n, i, WARPGROUP: gl.constexpr):
         tma.store_wait(0)
         if IS_LATE:
             shared.exchange.take(i + 1, WARPGROUP)
-            dq = finished(half_products(call, shared, i + 2, zero, WARPGROUP), 0)
+            keys = keys_of(call, n) + zero
+            dq = finished(half_products(call, shared, i + 2, keys, zero, WARPGROUP), 0)
             add_half(dq, call, work, last, shared, zero, WARPGROUP)
     kv_start = work.kv_start + WARPGROUP * ROWS
     if call.counter is not None:
@@ -445,6 +457,7 @@ def hopper_backward_kernel(
     IS_EVEN_KV: gl.constexpr,  # nor of the keys
     IS_SPLIT: gl.constexpr,  # one consumer has dk, the other dv
     STAGES: gl.constexpr,  # of q and dout
+    KEY_TILES: gl.constexpr,  # works whose K and V have a place: 1, or 2 in a persistent program
     HAS_TURNS: gl.constexpr,
     HAS_SKIPS: gl.constexpr,  # two consumers without turns each skip steps that see none of their keys; dq is None
     REGISTERS: gl.constexpr,  # of the roles but the first
@@ -477,8 +490,8 @@ def hopper_backward_kernel(
         works,
         Ring.create(q, STAGES, NUM_CONSUMERS, FIRST_BARRIER),
         Ring.create(dout, STAGES, NUM_CONSUMERS, FIRST_BARRIER + STAGES),
-        Ring.create(k, BLOCK_KV // ROWS, NUM_CONSUMERS),
-        Ring.create(v, BLOCK_KV // ROWS, 1),
+        Ring.create(k, BLOCK_KV // ROWS * KEY_TILES, NUM_CONSUMERS),
+        Ring.create(v, BLOCK_KV // ROWS * KEY_TILES, 1),
         gl.allocate_shared_memory(gl.int32, [STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])),
         gl.allocate_shared_memory(gl.float32, [STAGES, 1, 1, 2, BLOCK_Q], rows.layout),
         staged_ds,
@@ -519,6 +532,7 @@ def hopper_backward_kernel(
         TILE_KV,
         IS_EVEN_Q,
         IS_EVEN_KV,
+        KEY_TILES,
         HAS_TURNS,
         HAS_SKIPS,
     )

@@ -201,6 +201,7 @@ def backward_recipe(
         IS_EVEN_KV=Skv % tile[1] == 0,
         IS_SPLIT=config.is_split,
         STAGES=config.num_stages,
+        KEY_TILES=config.num_key_tiles,
         HAS_TURNS=is_by_halves and config.has_turns,
         HAS_SKIPS=is_by_halves and not config.has_turns and has_halves and tile[1] == config.BLOCK_KV,
         REGISTERS=of_roles,

@@ -142,10 +142,13 @@ def load_keys(call, shared, work, n):
 def load_queries(call, shared, work, n, i):
     """Q, dO, lse and delta of the steps of work number n, the first of which is step i; the i after them.
 
-    The walk is a step ahead of the loads. In a persistent program K and V come after the first step's loads, which need
-    not wait until the work before has its gradients; and the next work is wanted when WANTED_AHEAD loads are left.
+    The walk is a step ahead of the loads. In a persistent program the next work is wanted when WANTED_AHEAD loads are
+    left; and K and V, if they have one place, come after the first step's loads, which need not wait until the work
+    before has its gradients.
     """
     first = i
+    if call.KEY_TILES > 1:
+        load_keys(call, shared, work, n)
     for g in range(call.G):
         visit = visit_of(call, work, g)
         wanted = i + visit.num_masked + visit.num_full - WANTED_AHEAD
@@ -171,9 +174,9 @@ def load_queries(call, shared, work, n, i):
                 begin_load(call.rows, [work.b, visit.h, 0, q_start], full, shared.rows.index(stage))
                 shared.q.fill(i, call.q, work.b, visit.h, q_start, full)
                 shared.dout.load(i, call.dout, work.b, visit.h, q_start)
-                if call.counter is not None and i == first:
+                if call.counter is not None and call.KEY_TILES == 1 and i == first:
                     load_keys(call, shared, work, n)
                 i += 1
-    if call.counter is not None and i == first:
+    if call.counter is not None and call.KEY_TILES == 1 and i == first:
         load_keys(call, shared, work, n)
     return i

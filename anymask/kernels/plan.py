@@ -418,6 +418,10 @@ def _hopper_backward(
         )
     if chosen.is_persistent and not chosen.is_fused:
         raise UnsupportedError("config['dkdv']: the Gluon backward is persistent only where is_fused")
+    if chosen.num_key_tiles not in (1, 2) or (chosen.num_key_tiles == 2 and not chosen.is_persistent):
+        raise UnsupportedError(
+            f"config['dkdv']: num_key_tiles is 1, or 2 where is_persistent, not {chosen.num_key_tiles}"
+        )
     if chosen.is_split == (max(D, Dv) <= 128):
         raise UnsupportedError(f"config['dkdv']: is_split is for D or Dv above 128, and they are {D} and {Dv}")
     if chosen.is_split and (chosen.is_fused or chosen.num_consumers == 1):

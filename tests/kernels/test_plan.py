@@ -170,6 +170,7 @@ def test_why_says_what_was_chosen() -> None:
         ({"config": {"dkdv": {"is_fused": False, "num_consumers": 3}}}, "1 or 2 consumers, not 3"),
         ({"config": {"dkdv": {"is_fused": True, "num_consumers": 1}}}, "leaves dq to another kernel"),
         ({"config": {"dkdv": {"is_fused": False, "is_persistent": True}}}, "persistent only where is_fused"),
+        ({"config": {"dkdv": {"is_fused": True, "is_persistent": False, "num_key_tiles": 2}}}, "2 where is_persistent"),
         (
             {"config": {"dkdv": {"is_fused": True, "BLOCK_Q": 128}}},
             "BLOCK_Q 64, or, with two consumers and D and Dv of",
