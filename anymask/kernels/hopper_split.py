@@ -27,13 +27,15 @@ def value_step(i, dv, call, work, h, shared, IS_MASKED: gl.constexpr):
     """dv with the queries of step i added. P^T * dT/dS is handed to who has dk."""
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, call.BLOCK_Q, 16])
     DTYPE: gl.constexpr = call.q[0].dtype
+    gl.assume(i >= 0)
     zero = i >> 30  # see gradient_step
     shared.q.wait(i)
+    # behind products that were issued it would come when the last of them has begun
+    q_start = first_query(call, shared, i)
+    lse_log2 = row_vector(call, shared, i, 0, S_LAYOUT)
     s = gl.zeros([ROWS, call.BLOCK_Q], gl.float32, S_LAYOUT)
     s = product_of_columns(shared.k.chunks(0, zero), shared.q.chunks(i), s, False)
-    lse_log2 = row_vector(call, shared, i, 0, S_LAYOUT)
     shared.dout.wait(i)
-    q_start = first_query(call, shared, i)
     s = warpgroup_mma_wait(0, deps=[s])
     q_idx, kv_idx = indices(call, q_start, work.kv_start, S_LAYOUT)
     p = probability(s, lse_log2, call, work, h, q_idx, kv_idx, IS_MASKED)
@@ -49,6 +51,7 @@ def value_step(i, dv, call, work, h, shared, IS_MASKED: gl.constexpr):
 def key_step(i, dk, call, shared):
     """dk with the queries of step i added."""
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, call.BLOCK_Q, 16])
+    gl.assume(i >= 0)
     zero = i >> 30  # see gradient_step
     shared.q.wait(i)
     less_delta = copies(row_vector(call, shared, i, 1, S_LAYOUT), gl.zeros([ROWS, call.BLOCK_Q], gl.float32, S_LAYOUT))
