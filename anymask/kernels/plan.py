@@ -437,10 +437,11 @@ def _hopper_backward(
     if chosen.is_fused and "dq" in config:
         raise UnsupportedError("config['dq']: the Gluon backward computes dq too where is_fused. Try is_fused=False")
     size, limit = hopper_backward_shared_memory(chosen, D, Dv), SHARED_LIMITS["sm_90"]
-    if chosen.num_stages not in (1, 2, 3) or size > limit:
+    fewest = 2 if chosen.is_split else 1  # split, a step reads queries of the step before
+    if not fewest <= chosen.num_stages <= 3 or size > limit:
         raise UnsupportedError(
-            f"config['dkdv']: the Gluon backward takes num_stages from 1 to 3 and {limit} bytes of shared memory: "
-            f"{chosen} would take {size}"
+            f"config['dkdv']: the Gluon backward takes num_stages from {fewest} to 3 and {limit} bytes of shared "
+            f"memory: {chosen} would take {size}"
         )
     of_dq = {} if "dq" in config else {"dq": _hopper_dq_beside(chosen, problem, kinds_of(mods))}
     return {"dkdv": chosen, **of_dq}

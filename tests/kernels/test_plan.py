@@ -179,6 +179,7 @@ def test_why_says_what_was_chosen() -> None:
         ({"D": 256, "config": {"dkdv": {"is_fused": False, "num_stages": 3}}}, "would take 281088"),
         ({"D": 16, "config": {"dkdv": {"is_fused": True, "num_stages": 4}}}, "num_stages from 1 to 3"),  # barriers
         ({"config": {"dkdv": {"is_fused": True, "num_stages": 0}}}, "num_stages from 1 to 3"),
+        ({"D": 192, "config": {"dkdv": {"is_fused": False, "num_stages": 1}}}, "num_stages from 2 to 3"),
         ({"config": {"dkdv": {"is_fused": True}, "dq": {"BLOCK_Q": 64}}}, "dq too"),
         ({"deterministic": True, "config": {"dkdv": {"is_fused": True}}}, "Try is_fused=False"),
         ({"config": {"dq": {"num_v_stages": 1}}}, "goes with the Gluon backward"),
