@@ -5,6 +5,8 @@
 Prints a line a work, side and config: TFLOP/s (median, lowest, highest).
 """
 
+# ruff: noqa: E402
+
 import argparse
 import re
 import sys

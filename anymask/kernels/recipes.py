@@ -316,9 +316,7 @@ def _hopper_dq_recipe(
     walk = walk_arguments(maps, _ceil(Skv, tile[1]), _ceil(Sq, tile[0]), B * Hq, Hq // Hkv, head_bytes, plan)
     functions = (None if maps is None else mask, score, score_gradient)
     has_halves = maps is not None and tile[0] > alike.tile[0]
-    return hopper_launch.dq_recipe(
-        q, k, v, dout, dq, walk, tile, alike.scale, bindings, *functions, config, has_halves
-    )
+    return hopper_launch.dq_recipe(q, k, v, dout, dq, walk, tile, alike.scale, bindings, *functions, config, has_halves)
 
 
 @functools.lru_cache(maxsize=4096)
