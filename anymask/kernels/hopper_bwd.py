@@ -101,8 +101,8 @@ class Shared:
 
     works: that a persistent program works on, else None.
     tiles: which BLOCK_Q queries each stage of q has.  rows: their lse and -delta, one after the other.
-    ds: dS^T of the consumers, of the last steps.  dq: of each chunk half of dQ, of each consumer. Both are None, and
-    exchange, where dQ is not computed here.  p: P^T * dT/dS, where one consumer has dv and the other dk, else None.
+    ds: dS^T of the consumers, of the last steps.  dq: of each chunk dQ, a place for each who computes it. Both are
+    None, and exchange, where dQ is not computed here.  p: P^T * dT/dS, where one consumer has dv and the other dk.
     """
 
     works: RowQueue | gl.constexpr
@@ -113,7 +113,7 @@ class Shared:
     tiles: gl.shared_memory_descriptor  # [STAGES, 1] int32
     rows: gl.shared_memory_descriptor  # [STAGES, 1, 1, 2, BLOCK_Q] f32
     ds: gl.shared_memory_descriptor | gl.constexpr  # [NUM_CONSUMERS * STEPS, ROWS, BLOCK_Q]
-    dq: gl.tuple | gl.constexpr  # [NUM_CONSUMERS, 1, 1, lines, LINE] f32
+    dq: gl.tuple | gl.constexpr  # [places, 1, 1, lines, LINE] f32
     p: Handover | gl.constexpr
     exchange: Exchange | gl.constexpr  # of ds
 
@@ -132,17 +132,30 @@ def steps_of_ds(BLOCK_Q):
     return 3 if is_late(BLOCK_Q) else 2
 
 
+@gluon.constexpr_function
+def is_by_chunks(chunks, BLOCK_Q):
+    """Each consumer computes dQ of a chunk: what it reads dS^T for is then as wide as can be, once."""
+    return len(chunks) == 2 and BLOCK_Q == ROWS
+
+
+@gluon.constexpr_function
+def own_chunks(chunks, BLOCK_Q, WARPGROUP):
+    """The chunks of dQ that a consumer computes, or computes half of."""
+    return (WARPGROUP,) if is_by_chunks(chunks, BLOCK_Q) else tuple(range(len(chunks)))
+
+
 @gluon.jit
 def half_products(call, shared, i, keys, zero, WARPGROUP: gl.constexpr):
-    """A consumer's half of dQ = dS K of step i, issued: half the queries of each chunk, or half the columns where there
-    are ROWS queries    of each chunk [ROWS, columns of a half] f32
+    """A consumer's half of dQ = dS K of step i, issued: half the queries; or, of ROWS queries, one of two chunks, or
+    half the columns    of each chunk [ROWS, columns] f32
 
     keys: the first place of K.
     """
+    CHUNKS: gl.constexpr = own_chunks(call.dq, call.BLOCK_Q, WARPGROUP)
     step = i % steps_of_ds(call.BLOCK_Q)
     issued = ()
-    for c in gl.static_range(len(shared.dq)):
-        issued += (half_product(call, shared, step, keys, zero, c, WARPGROUP),)
+    for j in gl.static_range(len(CHUNKS)):
+        issued += (half_product(call, shared, step, keys, zero, CHUNKS[j], WARPGROUP),)
     return issued
 
 
@@ -156,7 +169,7 @@ def half_product(call, shared, step, keys, zero, C: gl.constexpr, WARPGROUP: gl.
         k = shared.k.tile(keys + consumer, C, zero)
         if call.BLOCK_Q > ROWS:
             ds = ds.slice(WARPGROUP * ROWS, ROWS, 1)
-        else:
+        elif not is_by_chunks(call.dq, call.BLOCK_Q):
             k = k.slice(WARPGROUP * COLUMNS, COLUMNS, 1)
         dq = warpgroup_mma(ds.permute((1, 0)), k, dq, use_acc=consumer > 0, is_async=True)
     return dq
@@ -184,29 +197,36 @@ def add_half(dq, call, work, where, shared, zero, WARPGROUP: gl.constexpr):
 
     where: the head and the first query; past the end, nothing is added.
     """
-    for c in gl.static_range(len(dq)):
-        lines = lines_of(dq[c])
-        shared.dq[c].index(WARPGROUP + zero).reshape(lines.shape).store(lines)
+    CHUNKS: gl.constexpr = own_chunks(call.dq, call.BLOCK_Q, WARPGROUP)
+    for j in gl.static_range(len(CHUNKS)):
+        lines = lines_of(dq[j])
+        own_place(call, shared, CHUNKS[j], zero, WARPGROUP).reshape(lines.shape).store(lines)
     fence_async_shared()
     h, q_start = where
     tile = q_start // ROWS
     if call.BLOCK_Q > ROWS:
         tile += WARPGROUP
-    line = tile * lines_of_tile(call.q)
-    for c in gl.static_range(len(dq)):
-        place = shared.dq[c].index(WARPGROUP + zero)
-        if call.BLOCK_Q > ROWS:
-            reduce_add(call.dq[c], [work.b, h, line, 0], place)
-            line += call.dq[c].block_type.shape[2]
-        else:
-            reduce_add(call.dq[c], [work.b, h, line + WARPGROUP * call.dq[c].block_type.shape[2], 0], place)
-            line += 2 * call.dq[c].block_type.shape[2]
+    for j in gl.static_range(len(CHUNKS)):
+        line = tile * lines_before(call.q, len(call.q)) + lines_before(call.q, CHUNKS[j])
+        if call.BLOCK_Q == ROWS and len(call.dq) == 1:
+            line += WARPGROUP * call.dq[0].block_type.shape[2]
+        place = own_place(call, shared, CHUNKS[j], zero, WARPGROUP)
+        reduce_add(call.dq[CHUNKS[j]], [work.b, h, line, 0], place)
+
+
+@gluon.jit
+def own_place(call, shared, C: gl.constexpr, zero, WARPGROUP: gl.constexpr):
+    """Where this consumer's half of chunk C of dQ lies."""
+    if is_by_chunks(call.dq, call.BLOCK_Q):
+        return shared.dq[C].index(zero)
+    else:
+        return shared.dq[C].index(WARPGROUP + zero)
 
 
 @gluon.constexpr_function
-def lines_of_tile(chunks):
-    """Of ROWS queries in the sum of dQ."""
-    return sum(chunk.block_type.shape[3] for chunk in chunks) * ROWS // LINE
+def lines_before(chunks, C):
+    """Of ROWS queries in the sum of dQ, before chunk C."""
+    return sum(chunk.block_type.shape[3] for chunk in chunks[:C]) * ROWS // LINE
 
 
 @gluon.jit
@@ -330,10 +350,10 @@ def differentiate_work(call, shared, work, n, i, WARPGROUP: gl.constexpr):
     IS_LATE: gl.constexpr = is_late(call.BLOCK_Q)
     # dQ of the step before the first is anything: it is added nowhere, being that of the tile after the last
     last = (work.h_kv * call.G, call.Sq + ROWS - 1)
-    if shared.dq is not None and IS_LATE:
-        shared.exchange.give(i + 1, WARPGROUP)  # as step i - 1
     if call.counter is not None:
         tma.store_wait(0)  # the gradients of the work before have left their places
+    if shared.dq is not None and IS_LATE:
+        shared.exchange.give(i + 1, WARPGROUP)  # as step i - 1
     if call.HAS_TURNS and WARPGROUP == call.NUM_CONSUMERS - 1:
         pass_turn(WARPGROUP, call.NUM_CONSUMERS)
     for g in range(call.G):
@@ -366,6 +386,8 @@ def differentiate_work(call, shared, work, n, i, WARPGROUP: gl.constexpr):
     if call.counter is not None:
         for consumer in gl.static_range(call.NUM_CONSUMERS):
             shared.k.release(n * call.NUM_CONSUMERS + consumer)
+        if is_by_chunks(call.dq, call.BLOCK_Q):
+            tma.store_wait(0)  # both write over what this consumer added to dQ last
         meet()  # the other has read dS^T for its last dQ
         store_aside(call, shared, dk, dv, work, kv_start, zero, WARPGROUP)
     else:
@@ -482,7 +504,7 @@ def hopper_backward_kernel(
         DS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_Q], q[0].dtype)
         STEPS: gl.constexpr = steps_of_ds(BLOCK_Q)
         staged_ds = gl.allocate_shared_memory(q[0].dtype, [NUM_CONSUMERS * STEPS, ROWS, BLOCK_Q], DS_LAYOUT)
-        staged_dq = allocate_tiles(dq, NUM_CONSUMERS)
+        staged_dq = allocate_tiles(dq, 1 if is_by_chunks(dq, BLOCK_Q) else NUM_CONSUMERS)
     works = None
     if counter is not None:
         works = RowQueue.create(NUM_FIELDS, NUM_CONSUMERS + 1, True)

@@ -134,9 +134,9 @@ def sum_layout(q: Layout) -> Layout:
     return Layout((B, Hq, lines, line), (Hq * lines * line, lines * line, line, 1), torch.float32, q.device)
 
 
-def sum_parts(config: HopperBackwardConfig) -> int:
-    """So many products make a chunk of a tile of the sum: consumers share dQ by columns, or else by queries."""
-    return 2 if config.BLOCK_Q == CONSUMER_ROWS else 1
+def sum_parts(D: int, config: HopperBackwardConfig) -> int:
+    """So many products make a chunk of a tile of the sum: consumers share dQ by columns, else by chunks or queries."""
+    return 2 if config.BLOCK_Q == CONSUMER_ROWS and len(chunks(D)) == 1 else 1
 
 
 def backward_recipe(
@@ -267,7 +267,7 @@ def dq_recipe(
 def dq_of_sum_recipe(dq: Layout, scale: float, config: HopperBackwardConfig, addressing: dict[str, Any]) -> Recipe:
     """For the sum of dQ and dq."""
     B, Hq, Sq, D = dq.shape
-    parts = sum_parts(config)
+    parts = sum_parts(D, config)
     return Recipe(
         dq.device,
         dq_of_sum_kernel,
@@ -296,7 +296,7 @@ def _sum_descriptors(q: Layout, config: HopperBackwardConfig) -> tuple[Descripto
     """The sum of dQ in blocks of a product, of each chunk of D."""
     shape, strides, *_ = sum_layout(q)
     layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=4)
-    blocks = [columns * CONSUMER_ROWS // sum_parts(config) // shape[3] for columns in chunks(q.shape[3])]
+    blocks = [columns * CONSUMER_ROWS // sum_parts(q.shape[3], config) // shape[3] for columns in chunks(q.shape[3])]
     first, *others = [
         Descriptor(list(shape), list(strides), [1, 1, lines, shape[3]], layout, is_again=i > 0)
         for i, lines in enumerate(blocks)

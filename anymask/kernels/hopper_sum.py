@@ -4,7 +4,7 @@ It lies in the order in which threads hold a product, so that each writes 16 byt
 two of a warp to one bank (as rows of dQ it had 258 conflicts a step, of 2,965 accesses, by ncu on an H200).
 
 A tile of ROWS queries has its chunks of columns one after the other, a chunk its parts, which are the products: of both
-consumers half the columns each, or all columns of one. A product [ROWS, columns] lies as
+consumers half the columns each, or one with all. A product [ROWS, columns] lies as
 [columns / 8, warp, row % 8, column % 8 / 2, row / 8 % 2, column % 2]. TMA sees rows of LINE numbers.
 """
 

@@ -133,6 +133,7 @@ CASES = {
     "capped_128_64_fused": Case("causal_top_left", 3.0, (1, 2, 1, 200, 170, 128, 64), FUSED, 128),
     "biased_64_128_apart": Case("", "capped_and_biased", (1, 2, 1, 200, 170, 64, 128), APART, 128),
     "causal_96_fused": Case("causal_top_left", "", (1, 2, 1, 300, 270, 96, 96), FUSED, 128),
+    "window_72_96_persistent": Case("window", "", (1, 2, 1, 700, 600, 72, 96), PERSISTENT),
     "causal_72_112_lone": Case("causal_top_left", "", (1, 2, 1, 200, 170, 72, 112), LONE, 128),
     "causal_192_128": Case("causal_top_left", "", (1, 2, 1, 300, 270, 192, 128), tile=128),
     "flashmask_256": Case("flashmask", "", (1, 1, 1, 200, 170, 256, 256), tile=128),
