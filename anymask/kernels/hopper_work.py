@@ -131,11 +131,12 @@ def load_tiles(call, shared):
 
 @gluon.jit
 def load_keys(call, shared, work, n):
-    """K and V of work number n of this program."""
+    """K and V of work number n of this program. V first: its place is given back before the last product with K."""
     PARTS: gl.constexpr = call.BLOCK_KV // ROWS
     for part in gl.static_range(PARTS):
-        shared.k.load(n * PARTS + part, call.k, work.b, work.h_kv, work.kv_start + part * ROWS)
         shared.v.load(n * PARTS + part, call.v, work.b, work.h_kv, work.kv_start + part * ROWS)
+    for part in gl.static_range(PARTS):
+        shared.k.load(n * PARTS + part, call.k, work.b, work.h_kv, work.kv_start + part * ROWS)
 
 
 @gluon.jit
