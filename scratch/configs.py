@@ -1,6 +1,6 @@
 """Time configs of AnyMask against the plan's choice, in turns after pauses, each checked first as gpu.py does.
 
-    python scratch/configs.py [--only REGEX] [--rounds 5]       # needs an NVIDIA GPU; run from the root of the checkout
+    python scratch/configs.py [--only REGEX] [--names REGEX] [--rounds 5]       # needs an NVIDIA GPU; run from the root of the checkout
 
 Prints a line a work, side and config: TFLOP/s (median, lowest, highest).
 """
@@ -68,6 +68,7 @@ DETERMINISTIC = [
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="")
+    parser.add_argument("--names", default="", help="configs whose name matches this regular expression")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     gpu.ROUNDS = options.rounds
@@ -87,6 +88,8 @@ def main() -> None:
                 gate = gpu.Gate(case, inputs)
             calls = {}
             for name, config in {"plan": None, **configs}.items():
+                if not re.search(options.names, name):
+                    continue
 
                 def run(q, k, v, config=config):
                     return attention(
