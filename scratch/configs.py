@@ -21,6 +21,8 @@ HALVES = {"BLOCK_Q": 128, "BLOCK_KV": 64, "num_stages": 4, "has_turns": False, "
 WIDE = {"is_fused": True, "BLOCK_Q": 128, "num_stages": 2, "is_persistent": True}
 PERSISTENT = {"dkdv": {"is_fused": True, "is_persistent": True}}
 APART = {"is_fused": False, "has_turns": False}
+LONE = {"is_fused": False, "num_consumers": 1, "num_stages": 2}
+LONE_DQ = {"BLOCK_KV": 64, "num_v_stages": 1, "num_consumers": 1}
 DQ = {"BLOCK_KV": 64, "num_v_stages": 3, "num_consumers": 2}
 # by a regular expression of works: forward configs, backward ones
 CONFIGS = [
@@ -30,6 +32,7 @@ CONFIGS = [
         r"document_causal_D128_S(16384|32768)|mode1_documents_D128_S16384",
         {
             "halves": {"forward": HALVES},
+            "64x64_3": {"forward": HALVES | {"BLOCK_Q": 64, "num_stages": 3}},
             "halves_3": {"forward": HALVES | {"num_stages": 3}},
             "128x128_no_turns": {"forward": HALVES | {"BLOCK_KV": 128, "num_stages": 2}},
             "128x128": {"forward": HALVES | {"BLOCK_KV": 128, "num_stages": 2, "has_turns": True}},
@@ -61,7 +64,23 @@ CONFIGS = [
 # deterministic, against the plan's deterministic choice
 DETERMINISTIC = [
     (r"(full|causal)_D64_S8192", {"wide": {"dkdv": {"is_fused": False, "BLOCK_Q": 128, "num_stages": 2}}}),
-    (r"(full|causal)_D128_S8192|softcap", {"no_turns": {"dkdv": APART}}),
+    (
+        r"(full|causal)_D64_S(512|1024|2048)",
+        {
+            "64_apart": {"dkdv": {"is_fused": False}},
+            "wide": {"dkdv": {"is_fused": False, "BLOCK_Q": 128, "num_stages": 2}},
+        },
+    ),
+    (
+        r"softcap",
+        {
+            "lone": {"dkdv": LONE, "dq": LONE_DQ},
+            "lone_dkdv": {"dkdv": LONE, "dq": DQ | {"num_v_stages": 1}},
+            "lone_dq": {"dkdv": {"is_fused": False}, "dq": LONE_DQ},
+            "dq_128": {"dkdv": {"is_fused": False}, "dq": {"BLOCK_KV": 128, "num_v_stages": 2, "num_consumers": 2}},
+            "dq_1_stage": {"dkdv": {"is_fused": False}, "dq": DQ | {"num_v_stages": 1}},
+        },
+    ),
 ]
 
 
@@ -100,6 +119,7 @@ def main() -> None:
                         score_mod=case.score_mod,
                         config=config,
                         deterministic=deterministic or None,
+                        backend="gluon" if side == "fwd" else None,
                     )
 
                 try:
