@@ -36,7 +36,6 @@ CONFIGS = [
             "halves_3": {"forward": HALVES | {"num_stages": 3}},
             "128x128_no_turns": {"forward": HALVES | {"BLOCK_KV": 128, "num_stages": 2}},
             "128x128": {"forward": HALVES | {"BLOCK_KV": 128, "num_stages": 2, "has_turns": True}},
-            "192x64": {"forward": HALVES | {"BLOCK_Q": 192, "num_stages": 2}},
         },
         {
             "halves": {"dkdv": APART, "dq": DQ},
