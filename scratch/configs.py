@@ -32,6 +32,7 @@ CONFIGS = [
         r"document_causal_D128_S(16384|32768)|mode1_documents_D128_S16384",
         {
             "halves": {"forward": HALVES},
+            "64x64": {"forward": HALVES | {"BLOCK_Q": 64, "num_stages": 2}},
             "64x64_3": {"forward": HALVES | {"BLOCK_Q": 64, "num_stages": 3}},
             "halves_3": {"forward": HALVES | {"num_stages": 3}},
             "128x128_no_turns": {"forward": HALVES | {"BLOCK_KV": 128, "num_stages": 2}},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -133,13 +133,18 @@ SHARED_LIMITS = {
     "interpreter": 1 << 30,
 }
 
-# Heads run together, rows with most work first, while what their programs read in common stays below this. Many heads
-# leave less of the GPU idle at the end, few keep keys in the L2 cache. H200, portable forward, 8 -> 32 MiB: documents
-# 16k 435 -> 386 us, causal D 64 1462 -> 1509. One head at a time -> 8 MiB: causal 1218 -> 1155, no mask 2248 -> 2333.
-# Hopper forward, 8 -> 16 -> 32 MiB, 2026-11-23, TFLOP/s: causal S 8192 D 128 617, 625, 599, D 96 533, 511, 511, S 1024
-# 421, 398, 394. 32 -> 64 MiB for ragged masks by simulation alone (132 programs, rows in this order): idle at the end
-# mode 1 16k 3.8 -> 0.3%, 65k 1.7 -> 0.1%, documents as before.
-RAGGED_BYTES, REGULAR_BYTES = 64 << 20, 8 << 20
+# Heads run together, rows with most work first, while what their programs read in common stays below the first number;
+# the last heads while it stays below the second. Few heads keep keys in the L2 cache, many leave less of the GPU idle
+# at the end, and there alone. By simulation (programs as they run, an L2 cache of 40 MB), idle at the end and MB of
+# memory traffic: documents 16k by 8 MiB 11.0% 268, by 32 1.2% 269, by 64 0.7% 402, so 0.7% 269; 256 documents 1.7%
+# 537, 0.3% 549, 0.8% 918 (an H200 read 847), so 0.3% 539; mode 1 16k 7.2% 269, 3.9% 369, 0.3% 637, so 0.3% 763 of the
+# last 64 MiB. Under a regular mask 8 MiB leave 0.1%.
+# H200, before: portable forward, 8 -> 32 MiB: documents 16k 435 -> 386 us, causal D 64 1462 -> 1509. One head at a time
+# -> 8 MiB: causal 1218 -> 1155, no mask 2248 -> 2333. Hopper forward, 8 -> 16 -> 32 MiB, 2026-11-23, TFLOP/s: causal S
+# 8192 D 128 617, 625, 599, D 96 533, 511, 511, S 1024 421, 398, 394.
+REGULAR_BYTES = 8 << 20, 8 << 20
+SEGMENTED_BYTES = 8 << 20, 32 << 20
+RAGGED_BYTES = 8 << 20, 64 << 20
 # But no fewer rows together than a GPU about runs at a time: with the 64 of one head of 8 MiB (D 256, S 8192) the last
 # heads leave 10% of it idle. Forward 648 -> 710 TFLOP/s, backward 446 -> 464, 192/128 401 -> 413.
 ROWS_TOGETHER = 128
@@ -223,10 +228,10 @@ def lookup(family: str, arithmetic: str, D: int, has_mask: bool, has_score: bool
 @dataclass(frozen=True)
 class HopperRow:
     """only: for "dense": no mask and no score function; "regular": a mask of indices alone or none, and no score
-    function; "ragged": a mask that reads tensors; "segmented": one as of documents (Mods.is_segmented); "costly": see
-    is_costly of expr/emit.py. Of a mask of indices alone (blocks/sparsity.py): "fine": tiles of 128 x 128 hold more
-    than 1.2 times the pairs that tiles of 64 x 64 do; "short": a query visits up to 640 keys in the latter, and there
-    is no score function.
+    function; "ragged": a mask that reads tensors, and no score function; "segmented": one as of documents
+    (Mods.is_segmented); "costly": see is_costly of expr/emit.py. Of a mask of indices alone (blocks/sparsity.py):
+    "fine": tiles of 128 x 128 hold more than 1.2 times the pairs that tiles of 64 x 64 do; "short": a query visits up
+    to 640 keys in the latter, and there is no score function.
     """
 
     max_D: int  # of max(D, Dv)
@@ -260,8 +265,9 @@ HOPPER_ROWS = (
     HopperRow(128, HopperConfig(64, 64, 2, False, True), "fine"),
     # slices 1216 / 1326 / 1574, S 4096 109 / 150 / 124; reads of keys before the first 4549 / 5118 / 5136
     HopperRow(128, HopperConfig(64, 64, 2, False, True), "costly"),
-    # documents of 128 tokens, 32k in all 160, 128 x 128 125; of 1,170 tokens 421, 421; of 4,680 tokens, 65k 469, 545
-    HopperRow(128, HopperConfig(64, 64, 2, False, True), "segmented", max_Skv=32768),
+    # two consumers that skip what they do not see; 64 x 64, 128 x 128, 2026-11-23: documents of 128 tokens, 32k in all
+    # 161, 150, 145; of 1,170 tokens 463, 450, 464. 64 x 64, 128 x 128 of 4,680 tokens, 65k 469, 545
+    HopperRow(128, HopperConfig(128, 64, 4, False, True), "segmented", max_Skv=32768),
     # S 16384 639 / 613, 8192 640 / 610, 4096 609 / 597, 1024 617 / 452, 512 530 / 320; not persistent 653 / 627,
     # 624 / 606, 611 / 581, 532 / 380, 424 / 256; documents 421, 65k 545; 405, 532. On 2026-11-23 S 16384 658 / 655, not
     # persistent 658 / 641; window 1024 of 32k 480, 428; documents 65k 556, 543
@@ -316,26 +322,26 @@ class HopperBackwardRow:
 
 
 LONE = HopperBackwardConfig(2, is_fused=False, num_consumers=1)
+WIDE = HopperBackwardConfig(2, is_fused=True, BLOCK_Q=128, is_persistent=True)
 
 # H200, bf16, 16,384 tokens in all, 2026-11-22. TFLOP/s, no mask / causal, all kernels of a backward; the portable ones.
 HOPPER_BACKWARD_ROWS = (
     # us, 16 heads, S 16384, 2026-11-23: this / fused, persistent / portable: window 64 265 / 261 / 193, 256 270 / 279 /
     # 317, 17 and sinks 391 / 613 / 390; a neighbourhood in 3-D 285 / 296 / 284
     HopperBackwardRow(64, 64, LONE, 512, only="fine"),
-    # S 8192 491, 1024 375; 64 queries a step 461, 357; the portable one 368, 345. Persistent, and not, 2026-11-23: 475,
-    # 477; 2048 417, 399; 1024 379, 364; 512 302, 275, the portable one 262
-    HopperBackwardRow(
-        64, 64, HopperBackwardConfig(2, is_fused=True, BLOCK_Q=128, is_persistent=True), 512, only="dense"
-    ),
-    # 128 and 64 queries a step, 2026-11-23: causal S 16384 479, 461; 8192 480, 444; in six rounds each 4096 382 to 426,
-    # 291 to 403; 2048 336 to 375, 310 to 355; 1024 266 to 277, 241 to 270; a window of 1,024 312 to 331, 290 to 322
-    HopperBackwardRow(
-        64, 64, HopperBackwardConfig(2, is_fused=True, BLOCK_Q=128, is_persistent=True), 1024, only="regular"
-    ),
-    # persistent, and not, 2026-11-23: causal S 8192 449, 437; 4096 397, 376; 1024 283, 254; 512 186, portable 159
-    HopperBackwardRow(64, 64, HopperBackwardConfig(3, is_fused=True, is_persistent=True), 512, only="regular"),
+    # TFLOP/s, two tiles of keys, and one, 2026-11-23, on the H200: S 512 353 / 229, 340 / 216 (64 queries a step 226,
+    # 206); 1024 433 / 331, 420 / 321 (64: 323, 305); 2048 489 / 420, 475 / 415; 8192 520 / 524, 525 / 528
+    HopperBackwardRow(64, 64, replace(WIDE, num_key_tiles=2), 512, only="regular", max_Skv=4096),
+    # before, S 8192 491, 1024 375; 64 queries a step 461, 357; the portable one 368, 345. Persistent, and not,
+    # 2026-11-23: 475, 477; 2048 417, 399; 1024 379, 364; 512 302, 275, the portable one 262. 128 and 64 queries a step:
+    # causal S 16384 479, 461; 8192 480, 444; in six rounds each 4096 382 to 426, 291 to 403; 2048 336 to 375, 310 to
+    # 355; 1024 266 to 277, 241 to 270; a window of 1,024 312 to 331, 290 to 322
+    HopperBackwardRow(64, 64, WIDE, 512, only="regular"),
     # causal S 8192 461, 1024 267, 512 177; 128 queries a step 455, 272; the portable one 359, 249, 174
     HopperBackwardRow(64, 64, HopperBackwardConfig(3, is_fused=True), 1024),
+    # deterministic; 128 queries a step and 64, 2026-11-23: S 8192 442 / 442, 418 / 423; 2048 410 / 332, 399 / 327; 1024
+    # 356 / 249, 350 / 250, the portable one 360 / 250
+    HopperBackwardRow(64, 64, HopperBackwardConfig(2, is_fused=False, BLOCK_Q=128), 2048, only="regular"),
     # causal S 8192 375, 1024 239; the portable one 346, 246
     HopperBackwardRow(64, 64, HopperBackwardConfig(3, is_fused=False), 2048),
     # D 48, S 8192, dq in its step: - / 290; - / 265. D 32 278 / 269; 281 / 267. D 16 156 / 158; 186 / 157
@@ -355,9 +361,10 @@ HOPPER_BACKWARD_ROWS = (
     # neighbourhood in 3-D 365 / 435 / 501. The sum of dQ takes 84 of fused
     HopperBackwardRow(40, 128, LONE, only="short"),
     # persistent, and not, 2026-11-23: S 8192 573 / 556, 551 / 550; 2048 - / 418, - / 402; 1024 425 / 313, 392 / 309;
-    # 512 330 / 206, 312 / 198. Where a mask reads tensors it is slower: mode 1 16k 493, 527, documents 65k 517, 527;
-    # with ALiBi no faster: 518, 520
+    # 512 330 / 206, 312 / 198. Later that day, under masks that read tensors: mode 1 16k 589 / 591, 65k 614 / 597,
+    # documents 65k 549 / 540; ALiBi 613 / 623, softcap 565 / 564
     HopperBackwardRow(40, 128, HopperBackwardConfig(2, is_fused=True, is_persistent=True), only="regular"),
+    HopperBackwardRow(40, 128, HopperBackwardConfig(2, is_fused=True, is_persistent=True), only="ragged"),
     # S 16384 582 / -, 8192 572 / 577, 1024 - / 338; dq in its step 552 / -, 547 / 531, - / 328; three stages 586 / -,
     # 572 / 514
     HopperBackwardRow(40, 128, HopperBackwardConfig(2, is_fused=True)),

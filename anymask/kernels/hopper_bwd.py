@@ -53,6 +53,7 @@ from anymask.kernels.hopper_step import (
 from anymask.kernels.hopper_sum import LINE, columns_of, lines_of
 from anymask.kernels.hopper_work import NUM_FIELDS, ROWS, find_works, load_tiles, own_visit, taken_work
 from anymask.kernels.record import record
+from anymask.kernels.tile import WALK_SIZES
 
 
 @record
@@ -74,6 +75,7 @@ class Call:
     num_rows: gl.tensor
     num_heads: gl.tensor
     heads_together: gl.tensor
+    heads_last: gl.tensor
     Hkv: gl.tensor
     Sq: gl.tensor
     Skv: gl.tensor
@@ -438,7 +440,7 @@ def own_block(places, tensor, number, zero, WARPGROUP: gl.constexpr):
     return seen_as(places, DTYPE, SHAPE, LAYOUT).index(number + zero)
 
 
-@gluon.jit(do_not_specialize=["num_words", "num_rows", "num_heads", "heads_together", "Hkv", "Sq", "Skv"])
+@gluon.jit(do_not_specialize=[*WALK_SIZES, "Hkv", "Sq", "Skv"])
 def hopper_backward_kernel(
     q,  # descriptors: [B, Hq, Sq, D] in blocks of BLOCK_Q and as many columns as the first chunk has
     q_rest,  # and the second one, or None
@@ -462,6 +464,7 @@ def hopper_backward_kernel(
     num_rows,  # see work_of
     num_heads,
     heads_together,
+    heads_last,
     Hkv,
     Sq,
     Skv,
@@ -538,6 +541,7 @@ def hopper_backward_kernel(
         num_rows,
         num_heads,
         heads_together,
+        heads_last,
         Hkv,
         Sq,
         Skv,

@@ -17,7 +17,7 @@ from anymask.kernels.hopper_pipeline import FIRST_BARRIER, LAST_BARRIER, Ring, m
 from anymask.kernels.hopper_step import copies, product_of_columns, products_of_rows, store_chunks
 from anymask.kernels.hopper_work import ROWS
 from anymask.kernels.record import record
-from anymask.kernels.tile import hidden, log2_probability
+from anymask.kernels.tile import WALK_SIZES, hidden, log2_probability
 
 
 @record
@@ -37,6 +37,7 @@ class Call:
     num_rows: gl.tensor
     num_heads: gl.tensor
     heads_together: gl.tensor
+    heads_last: gl.tensor
     Hq: gl.tensor
     Sq: gl.tensor
     Skv: gl.tensor
@@ -201,7 +202,7 @@ def differentiate(call, shared, WARPGROUP: gl.constexpr):
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["row_stride", "num_words", "num_rows", "num_heads", "heads_together", "Hq", "Sq", "Skv"])
+@gluon.jit(do_not_specialize=[*WALK_SIZES, "row_stride", "Hq", "Sq", "Skv"])
 def hopper_dq_kernel(
     q,  # descriptors: [B, Hq, Sq, D] in blocks of ROWS and as many columns as the first chunk has
     q_rest,  # and the second one, or None
@@ -221,6 +222,7 @@ def hopper_dq_kernel(
     num_rows,  # see work_of
     num_heads,
     heads_together,
+    heads_last,
     Hq,
     Sq,
     Skv,
@@ -269,6 +271,7 @@ def hopper_dq_kernel(
         num_rows,
         num_heads,
         heads_together,
+        heads_last,
         Hq,
         Sq,
         Skv,

@@ -35,6 +35,7 @@ from anymask.kernels.record import record
 from anymask.kernels.tile import (
     LN_2,
     LOG2_E,
+    WALK_SIZES,
     hidden,
     map_of,
     natural_score,
@@ -63,6 +64,7 @@ class Call:
     num_rows: gl.tensor
     num_heads: gl.tensor
     heads_together: gl.tensor
+    heads_last: gl.tensor
     Hq: gl.tensor
     Sq: gl.tensor
     Skv: gl.tensor
@@ -120,11 +122,24 @@ class Rings:
 
 @gluon.jit
 def find_rows(call, rings):
-    """Role of one warp: the rows that this program works on, so that nobody waits for the counter or the map."""
+    """Role of one warp: the rows that this program works on, and their Q, so that nobody waits for the counter, the map
+    or, with the producer at the row before, Q.
+    """
     if call.counter is None:
-        rings.rows.put(0, fields_of(call, gl.program_id(0)))
+        fields = fields_of(call, gl.program_id(0))
+        rings.rows.put(0, fields)
+        load_queries(call, rings, gl.to_tensor(0), fields)
     else:
-        draw_rows(rings.rows, call, call.num_rows * (call.TILE_Q // call.BLOCK_Q) * call.num_heads, fields_of)
+        num_rows = call.num_rows * (call.TILE_Q // call.BLOCK_Q) * call.num_heads
+        draw_rows(rings.rows, call, num_rows, fields_of, rings, load_queries)
+
+
+@gluon.jit
+def load_queries(call, rings, n, fields):
+    """Q of row number n of this program."""
+    row = whole_row(fields)
+    for consumer in gl.static_range(call.NUM_CONSUMERS):
+        rings.q.load(n * call.NUM_CONSUMERS + consumer, call.q, row.b, row.h, row.q_start + consumer * ROWS)
 
 
 @gluon.jit
@@ -148,7 +163,9 @@ def row_of(call, number):
     BLOCK_Q: gl.constexpr = call.BLOCK_Q
     BLOCK_KV: gl.constexpr = call.BLOCK_KV
     TILE_Q: gl.constexpr = call.TILE_Q
-    head, rank, part = work_of(number, call.num_rows, call.num_heads, call.heads_together, TILE_Q, BLOCK_Q)
+    head, rank, part = work_of(
+        number, call.num_rows, call.num_heads, call.heads_together, call.heads_last, TILE_Q, BLOCK_Q
+    )
     b = head // call.Hq
     h = head % call.Hq
     if call.walk is None:
@@ -187,15 +204,15 @@ def whole_row(fields):
 
 @gluon.jit
 def load_tiles(call, rings):
-    """Role of one warp: load what the consumers read."""
+    """Role of one warp: load the keys and values that the consumers read."""
     n = gl.to_tensor(0)
     i = gl.to_tensor(0)
     row = whole_row(rings.rows.take(n, 1))
     if call.counter is None:
-        load_row(call, rings, row, n, i)
+        load_row(call, rings, row, i)
     else:
         while row.b >= 0:
-            i = load_row(call, rings, row, n, i)
+            i = load_row(call, rings, row, i)
             n += 1
             row = whole_row(rings.rows.take(n, 1))
 
@@ -215,8 +232,8 @@ def walks_of(call, row):
 
 
 @gluon.jit
-def load_row(call, rings, row, n, i):
-    """Q of row number n of this program, and K and V of its tiles, the first of which is tile i; the i after them.
+def load_row(call, rings, row, i):
+    """K and V of the tiles of a row, the first of which is tile i; the i after them.
 
     The walk is a step ahead of the loads. The next row is wanted when WANTED_AHEAD loads are left.
     """
@@ -225,8 +242,6 @@ def load_row(call, rings, row, n, i):
     wanted = i + row.num_masked + row.num_full - WANTED_AHEAD
     if call.counter is not None and wanted < i:
         rings.rows.want()
-    for consumer in gl.static_range(call.NUM_CONSUMERS):
-        rings.q.load(n * call.NUM_CONSUMERS + consumer, call.q, row.b, row.h, row.q_start + consumer * ROWS)
     for IS_FULL in gl.static_range(2):
         if IS_FULL:
             tiles = full
@@ -496,7 +511,7 @@ def fits(out, q):
     return len(out) <= len(q) and all(a.block_type.nbytes <= b.block_type.nbytes for a, b in zip(out, q, strict=False))
 
 
-@gluon.jit(do_not_specialize=["num_words", "num_rows", "num_heads", "heads_together", "Hq", "Sq", "Skv"])
+@gluon.jit(do_not_specialize=[*WALK_SIZES, "Hq", "Sq", "Skv"])
 def hopper_forward_kernel(
     q,  # descriptors: [B, Hq, Sq, D] in blocks of ROWS and as many columns as the first chunk has
     q_rest,  # and the second one, or None
@@ -514,6 +529,7 @@ def hopper_forward_kernel(
     num_rows,  # see work_of
     num_heads,
     heads_together,
+    heads_last,
     Hq,
     Sq,
     Skv,
@@ -567,6 +583,7 @@ def hopper_forward_kernel(
         num_rows,
         num_heads,
         heads_together,
+        heads_last,
         Hq,
         Sq,
         Skv,

@@ -40,7 +40,7 @@ def forward_recipe(
 ) -> Recipe:
     """For q, k, v, out, lse, a counter if it is persistent, the walk's tensors, captured ones.
 
-    walk: the arguments walk to heads_together of kernels/tile.py, the walk None where no mask hides anything.  tile: of
+    walk: the arguments walk to heads_last of kernels/tile.py, the walk None where no mask hides anything.  tile: of
     the walk.  mask, score: jitted functions or None.  has_halves: the walk knows what half a tile of queries sees.
     """
     Hq, Sq, Skv = q.shape[1], q.shape[2], k.shape[2]

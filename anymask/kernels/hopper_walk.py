@@ -14,16 +14,20 @@ WANTED_AHEAD = gl.constexpr(2)
 
 
 @gluon.jit
-def draw_rows(queue, call, num_rows, FIELDS_OF: gl.constexpr):
+def draw_rows(queue, call, num_rows, FIELDS_OF: gl.constexpr, shared=None, THEN: gl.constexpr = None):
     """Put the rows that this program works on into the queue: of its own number, then of numbers from the counter.
 
     FIELDS_OF(call, number): a row's fields, the first of which is not negative; after the last row it is.
+    THEN(call, shared, n, fields): done once row number n of this program has been put.
     Who counts itself out last sets the counter back: all have drawn their last number by then.
     """
     number = gl.program_id(0)
     n = gl.to_tensor(0)
     while number < num_rows:
-        queue.put(n, FIELDS_OF(call, number))
+        fields = FIELDS_OF(call, number)
+        queue.put(n, fields)
+        if THEN is not None:
+            THEN(call, shared, n, fields)
         n += 1
         queue.wait(n)
         number = gl.num_programs(0) + gl.atomic_add(call.counter, 1)

@@ -34,7 +34,9 @@ def work_fields(call, number):
 
     Where query heads have maps of their own, the first one's order holds for all that share keys.
     """
-    head, rank, part = work_of(number, call.num_rows, call.num_heads, call.heads_together, call.TILE_KV, call.BLOCK_KV)
+    head, rank, part = work_of(
+        number, call.num_rows, call.num_heads, call.heads_together, call.heads_last, call.TILE_KV, call.BLOCK_KV
+    )
     b = head // call.Hkv
     h_kv = head % call.Hkv
     row = ranked_row(call.walk, map_of(call.map_strides, b, h_kv * call.G) * call.num_rows, rank)

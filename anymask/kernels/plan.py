@@ -21,6 +21,7 @@ from anymask.kernels.configs import (
     FAMILIES,
     RAGGED_BYTES,
     REGULAR_BYTES,
+    SEGMENTED_BYTES,
     SHARED_LIMITS,
     AnyConfig,
     Config,
@@ -54,7 +55,7 @@ class Plan:
     backend: "gluon" where the forward is the Hopper kernel.  dkdv: of the Hopper kernel where that computes dK and dV;
     dq is None where it computes dQ too.  dq: of the Hopper kernel beside that of dK and dV.
     precision: of float32 products, "ieee" or "tf32".  shared_bytes: heads run together while what their programs read
-    in common stays below this.
+    in common stays below the first number, and those at the end while it stays below the second.
     """
 
     backend: str
@@ -63,7 +64,7 @@ class Plan:
     dkdv: Config | HopperBackwardConfig | None = None
     dq: Config | HopperDqConfig | None = None
     precision: str = "ieee"
-    shared_bytes: int = 0
+    shared_bytes: tuple[int, int] = (0, 0)
     why: str = ""
 
     @property
@@ -191,7 +192,7 @@ def kinds_of(mods: Mods, sparsity: Sparsity | None = None) -> frozenset[str]:
     kinds = {
         "dense": is_regular and not mods.has_mask,
         "regular": is_regular,
-        "ragged": mods.is_ragged,
+        "ragged": mods.is_ragged and not mods.has_score,
         "segmented": mods.is_segmented,
         "costly": is_costly(mods.mask),
         "fine": sparsity is not None and sparsity.big > 1.2 * sparsity.small,
@@ -236,8 +237,16 @@ def _tuned(
     why = f"{runs} on {arch}, {arithmetic}, D {D}, Dv {Dv}{works}: {says}"
     if family == "sm_90" and why_no_gluon:
         why += f"; no gluon forward: {why_no_gluon}"
-    shared_bytes = RAGGED_BYTES if mods.is_ragged else REGULAR_BYTES if mods.has_mask else 0
-    return Plan(backend, arch, **chosen, precision=precision, shared_bytes=shared_bytes, why=why)
+    return Plan(backend, arch, **chosen, precision=precision, shared_bytes=_shared_bytes(mods), why=why)
+
+
+def _shared_bytes(mods: Mods) -> tuple[int, int]:
+    """See Plan."""
+    if mods.is_segmented:
+        return SEGMENTED_BYTES
+    if mods.is_ragged:
+        return RAGGED_BYTES
+    return REGULAR_BYTES if mods.has_mask else (0, 0)
 
 
 def default_tile(device_type: str, length: int) -> tuple[int, int]:

@@ -356,17 +356,18 @@ def _overhang(q: int, kv: int) -> frozenset[str]:
 def walk_arguments(
     maps: tuple[int, int] | None, num_columns: int, num_rows: int, num_heads: int, G: int, head_bytes: int, plan: Plan
 ) -> tuple[Any, ...]:
-    """walk, num_words, map_strides, num_rows, num_heads, heads_together of kernels/tile.py.
+    """walk, num_words, map_strides, num_rows, num_heads, heads_together, heads_last of kernels/tile.py.
 
     head_bytes: what the programs of G heads read in common.
     """
-    heads = max(plan.shared_bytes // max(head_bytes, 1), _ceil(ROWS_TOGETHER, num_rows) if plan.shared_bytes else 1)
-    together = min(G * heads, num_heads)
+    fewest = _ceil(ROWS_TOGETHER, num_rows) if any(plan.shared_bytes) else 1
+    together, last = (min(G * max(size // max(head_bytes, 1), fewest), num_heads) for size in plan.shared_bytes)
+    last += (num_heads - last) % together
     if maps is None:
-        return None, None, (0, 0), num_rows, num_heads, together
+        return None, None, (0, 0), num_rows, num_heads, together, last
     Bm, Hm = maps
     strides = (Hm if Bm > 1 else 0, 1 if Hm > 1 else 0)
-    return (TENSOR, TENSOR), _ceil(num_columns, WORD), strides, num_rows, num_heads, together
+    return (TENSOR, TENSOR), _ceil(num_columns, WORD), strides, num_rows, num_heads, together, last
 
 
 def _head_dims(D: int, Dv: int) -> dict[str, int]:

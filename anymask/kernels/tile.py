@@ -112,20 +112,25 @@ def map_of(map_strides, b, h):
     return b.to(tl.int64) * map_strides[0] + h.to(tl.int64) * map_strides[1]
 
 
+# The numbers among the arguments that say what a kernel walks (recipes.walk_arguments): no kernel is compiled for one.
+WALK_SIZES = ("num_words", "num_rows", "num_heads", "heads_together", "heads_last")
+
+
 @triton.jit
-def work_of(program, num_rows, num_heads, heads_together, TILE: tl.constexpr, BLOCK: tl.constexpr):
+def work_of(program, num_rows, num_heads, heads_together, heads_last, TILE: tl.constexpr, BLOCK: tl.constexpr):
     """Head, rank of the row and part of the row of a program: TILE // BLOCK parts.
 
-    Heads go in groups of heads_together, and in a group the rows that come first in the walk's order first, for all its
-    heads.
+    Heads go in groups of heads_together, but the last heads_last, which leave a multiple of it, in one group; and in a
+    group the rows that come first in the walk's order first, for all its heads.
     """
     PARTS: tl.constexpr = TILE // BLOCK
-    group_programs = num_rows * PARTS * heads_together
-    group = program // group_programs
-    rest = program - group * group_programs
-    heads = tl.minimum(heads_together, num_heads - group * heads_together)
+    group = program // (num_rows * PARTS * heads_together)
+    heads_before = num_heads - heads_last
+    first = tl.minimum(group * heads_together, heads_before)
+    heads = tl.where(first < heads_before, heads_together, heads_last)
+    rest = program - first * num_rows * PARTS
     place = rest // heads
-    return group * heads_together + rest % heads, place // PARTS, place % PARTS
+    return first + rest % heads, place // PARTS, place % PARTS
 
 
 @triton.jit

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from anymask.kernels.tile import (
     LOG2_E,
+    WALK_SIZES,
     aligned,
     head_pointer,
     hidden,
@@ -103,7 +104,7 @@ def dkdv_steps(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["num_words", "num_rows", "num_heads", "heads_together", "Hkv", "Sq", "Skv", "padded_Sq"])
+@triton.jit(do_not_specialize=[*WALK_SIZES, "Hkv", "Sq", "Skv", "padded_Sq"])
 def dkdv_kernel(
     q_pointer,  # [B, Hq, Sq, D]
     k_pointer,  # [B, Hkv, Skv, D]
@@ -124,6 +125,7 @@ def dkdv_kernel(
     num_rows,  # see work_of
     num_heads,
     heads_together,
+    heads_last,
     Hkv,
     Sq,
     Skv,
@@ -151,7 +153,7 @@ def dkdv_kernel(
 
     Where query heads have maps of their own, the first one's order holds for all that share keys.
     """
-    head, rank, part = work_of(tl.program_id(0), num_rows, num_heads, heads_together, TILE_KV, BLOCK_KV)
+    head, rank, part = work_of(tl.program_id(0), num_rows, num_heads, heads_together, heads_last, TILE_KV, BLOCK_KV)
     b = head // Hkv
     h_kv = head % Hkv
     row = ranked_row(walk, map_of(map_strides, b, h_kv * G) * num_rows, rank)
@@ -315,7 +317,7 @@ def dq_steps(
     return dq
 
 
-@triton.jit(do_not_specialize=["num_words", "num_rows", "num_heads", "heads_together", "Hq", "Sq", "Skv", "padded_Sq"])
+@triton.jit(do_not_specialize=[*WALK_SIZES, "Hq", "Sq", "Skv", "padded_Sq"])
 def dq_kernel(
     q_pointer,  # [B, Hq, Sq, D]
     k_pointer,  # [B, Hkv, Skv, D]
@@ -339,6 +341,7 @@ def dq_kernel(
     num_rows,  # see work_of
     num_heads,
     heads_together,
+    heads_last,
     Hq,
     Sq,
     Skv,
@@ -363,7 +366,7 @@ def dq_kernel(
     PRECISION: tl.constexpr,
 ):
     """dq of one query tile, and lse in base 2 and delta of its rows. Grid: as the forward."""
-    head, rank, part = work_of(tl.program_id(0), num_rows, num_heads, heads_together, TILE_Q, BLOCK_Q)
+    head, rank, part = work_of(tl.program_id(0), num_rows, num_heads, heads_together, heads_last, TILE_Q, BLOCK_Q)
     b = head // Hq
     h = head % Hq
     first_row = map_of(map_strides, b, h) * num_rows

@@ -6,6 +6,7 @@ import triton.language as tl
 from anymask.kernels.tile import (
     LN_2,
     LOG2_E,
+    WALK_SIZES,
     changed_score,
     head_pointer,
     hidden,
@@ -88,7 +89,7 @@ def softmax_steps(
     return acc, row_max, row_sum
 
 
-@triton.jit(do_not_specialize=["num_words", "num_rows", "num_heads", "heads_together", "Hq", "Sq", "Skv"])
+@triton.jit(do_not_specialize=[*WALK_SIZES, "Hq", "Sq", "Skv"])
 def forward_kernel(
     q_pointer,  # [B, Hq, Sq, D]
     k_pointer,  # [B, Hkv, Skv, D]
@@ -105,6 +106,7 @@ def forward_kernel(
     num_rows,  # see work_of
     num_heads,
     heads_together,
+    heads_last,
     Hq,
     Sq,
     Skv,
@@ -127,7 +129,7 @@ def forward_kernel(
     PRECISION: tl.constexpr,
 ):
     """out and lse of one query tile. Grid: a program for each tile of each head, in the order of work_of."""
-    head, rank, part = work_of(tl.program_id(0), num_rows, num_heads, heads_together, TILE_Q, BLOCK_Q)
+    head, rank, part = work_of(tl.program_id(0), num_rows, num_heads, heads_together, heads_last, TILE_Q, BLOCK_Q)
     b = head // Hq
     h = head % Hq
     first_row = map_of(map_strides, b, h) * num_rows

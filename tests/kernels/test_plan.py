@@ -19,9 +19,9 @@ from anymask.kernels.configs import (
     HOPPER_BACKWARD_STAGES,
     HOPPER_REGISTERS,
     HOPPER_ROWS,
-    RAGGED_BYTES,
     REGULAR_BYTES,
     ROWS,
+    SEGMENTED_BYTES,
     SHARED_LIMITS,
     Config,
     HopperBackwardConfig,
@@ -234,7 +234,7 @@ def test_masks_and_score_functions_have_rows_of_their_own() -> None:
         return choose(problem(D), mods, (64, 64), arch="sm_90", backend="triton")
 
     plans = [plan(128, mods) for mods in (ragged, regular, NONE)]
-    assert [plan.shared_bytes for plan in plans] == [RAGGED_BYTES, REGULAR_BYTES, 0]
+    assert [plan.shared_bytes for plan in plans] == [SEGMENTED_BYTES, REGULAR_BYTES, (0, 0)]
     assert plan(128, HEAVY).dkdv != plans[0].dkdv == plans[1].dkdv != plans[2].dkdv
     dense, masked = (plan(64, mods) for mods in (NONE, regular))
     assert dense.forward != masked.forward and dense.dkdv == masked.dkdv

@@ -164,39 +164,55 @@ def test_without_a_map_all_tiles_are_walked_and_the_last_is_masked_where_it_hang
 
 
 @triton.jit
-def work_kernel(work_pointer, num_rows, num_heads, heads_together, TILE: tl.constexpr, BLOCK: tl.constexpr):
+def work_kernel(work_pointer, num_rows, num_heads, heads_together, heads_last, TILE: tl.constexpr, BLOCK: tl.constexpr):
     program = tl.program_id(0)
-    head, rank, part = work_of(program, num_rows, num_heads, heads_together, TILE, BLOCK)
+    head, rank, part = work_of(program, num_rows, num_heads, heads_together, heads_last, TILE, BLOCK)
     tl.store(work_pointer + program * 3, head)
     tl.store(work_pointer + program * 3 + 1, rank)
     tl.store(work_pointer + program * 3 + 2, part)
 
 
 def test_groups_of_heads_have_rows_for_a_gpu() -> None:
-    """A head of 8 MiB is alone where it has 128 rows; where a mask hides nothing each is."""
-    for shared_bytes, num_rows, head_bytes, together in (
-        (8 << 20, 64, 8 << 20, 2),
-        (8 << 20, 128, 8 << 20, 1),
-        (8 << 20, 128, 16 << 20, 1),
-        (8 << 20, 64, 1 << 20, 8),
-        (8 << 20, 1, 8 << 20, 40),
-        (0, 64, 8 << 20, 1),
+    """A head of 8 MiB is alone where it has 128 rows; where a mask hides nothing each is. The last group takes what
+    leaves whole groups before it.
+    """
+    for shared_mib, num_rows, head_mib, together, last in (
+        ((8, 8), 64, 8, 2, 2),
+        ((8, 8), 128, 8, 1, 1),
+        ((8, 8), 128, 16, 1, 1),
+        ((8, 8), 64, 1, 8, 8),
+        ((8, 8), 1, 8, 40, 40),
+        ((8, 32), 128, 8, 1, 4),
+        ((8, 64), 128, 16, 1, 4),
+        ((8, 64), 128, 3, 2, 22),
+        ((8, 20), 40, 6, 4, 4),
+        ((24, 32), 64, 8, 3, 4),
+        ((8, 512), 128, 8, 1, 40),
+        ((0, 0), 64, 8, 1, 1),
     ):
-        plan = Plan("triton", shared_bytes=shared_bytes)
+        plan = Plan("triton", shared_bytes=(shared_mib[0] << 20, shared_mib[1] << 20))
         for G in (1, 4):
-            arguments = recipes.walk_arguments(None, 9, num_rows, 40 * G, G, head_bytes, plan)
-            assert arguments[-1] == together * G
+            arguments = recipes.walk_arguments(None, 9, num_rows, 40 * G, G, head_mib << 20, plan)
+            assert arguments[-2:] == (together * G, last * G)
 
 
 def test_programs_share_out_all_work_in_groups_of_heads() -> None:
-    for num_rows, num_heads, together, parts in ((3, 5, 2, 1), (1, 4, 4, 2), (4, 3, 8, 2), (2, 6, 3, 4)):
+    for num_rows, num_heads, together, last, parts in (
+        (3, 5, 2, 3, 1),
+        (1, 4, 4, 4, 2),
+        (4, 3, 1, 3, 2),
+        (2, 6, 3, 3, 4),
+        (3, 7, 1, 4, 2),
+        (2, 7, 2, 5, 1),
+    ):
         work = torch.empty(num_heads * num_rows * parts, 3, dtype=torch.int32)
-        work_kernel[(len(work),)](work, num_rows, num_heads, together, TILE=16 * parts, BLOCK=16)
+        work_kernel[(len(work),)](work, num_rows, num_heads, together, last, TILE=16 * parts, BLOCK=16)
+        starts = [*range(0, num_heads - last, together), num_heads - last, num_heads]
         expected = [
             [head, rank, part]
-            for start in range(0, num_heads, together)
+            for start, end in itertools.pairwise(starts)
             for rank in range(num_rows)
             for part in range(parts)
-            for head in range(start, min(start + together, num_heads))
+            for head in range(start, end)
         ]
         assert work.tolist() == expected
