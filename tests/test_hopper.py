@@ -26,16 +26,15 @@ WIDE = {"dkdv": {"is_fused": True, "BLOCK_Q": 128, "num_stages": 2}}
 WIDE_PERSISTENT = {"dkdv": WIDE["dkdv"] | {"is_persistent": True}}
 TWO_TILES = {"dkdv": WIDE_PERSISTENT["dkdv"] | {"num_key_tiles": 2}}
 WIDE_APART = {"dkdv": WIDE["dkdv"] | {"is_fused": False}}
-# two consumers that skip what they do not see
-SKIPS = {"dkdv": {"is_fused": False, "has_turns": False}, "dq": {"BLOCK_KV": 64, "num_v_stages": 1}}
-FORWARD_SKIPS = {"forward": {"BLOCK_Q": 128, "BLOCK_KV": 64, "num_stages": 3, "has_turns": False}}
+# a forward with another number of places for K and V than the plan's
+DEEP = {"forward": {"BLOCK_Q": 128, "BLOCK_KV": 64, "num_stages": 3, "has_turns": False}}
 BACKWARDS = (FUSED, APART, LONE, PERSISTENT)
 
 
 @pytest.mark.parametrize("D, Dv", [(8, 8), (16, 40), (48, 32), (72, 72), (96, 96), (112, 80), (160, 160)], ids=str)
 def test_head_dims_on_hopper(D: int, Dv: int) -> None:
     for mask in (None, causal()):
-        for config in BACKWARDS if max(D, Dv) <= 128 else (None,):
+        for config in (*BACKWARDS, DEEP) if max(D, Dv) <= 128 else (None,):
             run("gluon", mask, None, (2, 4, 2, 300, 270, D, Dv), torch.bfloat16, "cuda", 128, config=config)
 
 
@@ -148,14 +147,6 @@ def test_mask_on_hopper(i: int, name: str) -> None:
     sizes = (2, 4, 2, 333, 290, D, D)
     config = BACKWARDS[i // 2 % 4]
     run("gluon", MASKS[name](Sizes(2, 4, 333, 290, "cuda")), None, sizes, dtype, "cuda", tile, config=config)
-
-
-@pytest.mark.parametrize("i, name", list(enumerate(MASKS)))
-def test_consumers_skip_what_they_do_not_see(i: int, name: str) -> None:
-    D, is_persistent = ((64, True), (128, False))[i % 2]
-    config = SKIPS | {"forward": FORWARD_SKIPS["forward"] | {"is_persistent": is_persistent}}
-    sizes = (2, 4, 2, 433, 390, D, D)
-    run("gluon", MASKS[name](Sizes(2, 4, 433, 390, "cuda")), None, sizes, torch.bfloat16, "cuda", 64, config=config)
 
 
 @pytest.mark.parametrize("i, name", list(enumerate(SCORES)))

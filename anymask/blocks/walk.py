@@ -15,10 +15,8 @@ class Walk(NamedTuple):
     words  [B, H, rows, 2, W] int64: the masked (0) and the full (1) tiles. Low half: bit i stands for column c + i;
            high half: c, a multiple of 32. Only words with a bit, packed to the front, ascending; what follows them is
            of no meaning.  W: columns / 32, rounded up
-    rows   [B, H, rows, 7] int32: how many tiles a row has masked, how many full; apart from that, the number of the
-           row that comes i-th by its work, most first; then, for each half of a row of two or more map tiles, how many
-           of its masked tiles come before the first of which the half sees anything, and, where no full ones follow,
-           how many come after the last. (Of a half that sees none, all come before.)
+    rows   [B, H, rows, 3] int32: how many tiles a row has masked, how many full; and, apart from that, the number of
+           the row that comes i-th by its work, most first
 
     In a masked tile the mask must be applied: in PARTIAL ones, and in FULL ones that hang over the end of the keys.
     """

@@ -57,8 +57,6 @@ class HopperBackwardConfig:
     num_consumers: 2, or, not fused, 1, of which a multiprocessor runs two programs at a time where they fit.
     BLOCK_Q: queries of a step, 64, or 128 with two consumers where head dims are up to 64.
     is_persistent: where it is fused: a program for each multiprocessor, which takes one tile of keys after the other.
-    has_turns: where it is not fused, two consumers issue their products in turns. Else each skips queries that see none
-    of its 64 keys.
     num_key_tiles: tiles of keys, with their values, in shared memory: 2 in a persistent program that has room for the
     next one's.
     """
@@ -69,7 +67,6 @@ class HopperBackwardConfig:
     num_consumers: int = 2
     BLOCK_Q: int = 64
     is_persistent: bool = False
-    has_turns: bool = True
     num_key_tiles: int = 1
 
     @property
@@ -79,7 +76,7 @@ class HopperBackwardConfig:
     def __str__(self) -> str:
         ways = " and dq" * self.is_fused + f" in Gluon, {_warpgroups(self)}"
         ways += ", of dk and dv" * self.is_split + ", persistent" * self.is_persistent
-        ways += ", without turns" * (not self.has_turns) + ", 2 tiles of keys" * (self.num_key_tiles == 2)
+        ways += ", 2 tiles of keys" * (self.num_key_tiles == 2)
         return f"{self.BLOCK_Q}x{self.BLOCK_KV}{ways}, {self.num_stages} stages"
 
 
@@ -265,9 +262,9 @@ HOPPER_ROWS = (
     HopperRow(128, HopperConfig(64, 64, 2, False, True), "fine"),
     # slices 1216 / 1326 / 1574, S 4096 109 / 150 / 124; reads of keys before the first 4549 / 5118 / 5136
     HopperRow(128, HopperConfig(64, 64, 2, False, True), "costly"),
-    # two consumers that skip what they do not see; 64 x 64, 128 x 128, 2026-11-23: documents of 128 tokens, 32k in all
-    # 161, 150, 145; of 1,170 tokens 463, 450, 464. 64 x 64, 128 x 128 of 4,680 tokens, 65k 469, 545
-    HopperRow(128, HopperConfig(128, 64, 4, False, True), "segmented", max_Skv=32768),
+    # 128 x 128, 2026-11-23: documents of 128 tokens, 32k in all 182, 140; of 1,170 tokens 477, 488. Of 4,680 tokens,
+    # 65k, before, 469, 545
+    HopperRow(128, HopperConfig(64, 64, 2, False, True), "segmented", max_Skv=32768),
     # S 16384 639 / 613, 8192 640 / 610, 4096 609 / 597, 1024 617 / 452, 512 530 / 320; not persistent 653 / 627,
     # 624 / 606, 611 / 581, 532 / 380, 424 / 256; documents 421, 65k 545; 405, 532. On 2026-11-23 S 16384 658 / 655, not
     # persistent 658 / 641; window 1024 of 32k 480, 428; documents 65k 556, 543

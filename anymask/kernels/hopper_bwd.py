@@ -51,7 +51,7 @@ from anymask.kernels.hopper_step import (
     store_chunks,
 )
 from anymask.kernels.hopper_sum import LINE, columns_of, lines_of
-from anymask.kernels.hopper_work import NUM_FIELDS, ROWS, find_works, load_tiles, own_visit, taken_work
+from anymask.kernels.hopper_work import NUM_FIELDS, ROWS, find_works, load_tiles, taken_work, visit_of
 from anymask.kernels.record import record
 from anymask.kernels.tile import WALK_SIZES
 
@@ -94,7 +94,6 @@ class Call:
     IS_EVEN_KV: gl.constexpr
     KEY_TILES: gl.constexpr
     HAS_TURNS: gl.constexpr
-    HAS_SKIPS: gl.constexpr
 
 
 @record
@@ -309,19 +308,6 @@ def gradient_step(i, n, last, dk, dv, call, work, h, shared, IS_MASKED: gl.const
 
 
 @gluon.jit
-def skip_steps(shared, i, num_steps):
-    """Steps from step i on whose queries see keys of the other consumer alone; the step after them."""
-    for _ in range(num_steps):
-        # not before they have come: what is released then is this load, and not the one before in its place
-        shared.q.wait(i)
-        shared.q.release(i)
-        shared.dout.wait(i)
-        shared.dout.release(i)
-        i += 1
-    return i
-
-
-@gluon.jit
 def differentiate(call, shared, WARPGROUP: gl.constexpr):
     """Role of a warpgroup: dk and dv of ROWS keys, summed over the query heads that read them, of each work of a
     persistent program.
@@ -345,7 +331,7 @@ def differentiate_work(call, shared, work, n, i, WARPGROUP: gl.constexpr):
     MAY_HIDE: gl.constexpr = call.MASK is not None or not call.IS_EVEN_KV
     dk = accumulators(call.dk)
     dv = accumulators(call.dv)
-    visit = own_visit(call, work, 0, WARPGROUP)  # its numbers come while K does
+    visit = visit_of(call, work, 0)  # its numbers come while K does
     for consumer in gl.static_range(call.NUM_CONSUMERS):
         shared.k.wait(n * call.NUM_CONSUMERS + consumer)
     shared.v.wait(n * call.NUM_CONSUMERS + WARPGROUP)
@@ -360,9 +346,7 @@ def differentiate_work(call, shared, work, n, i, WARPGROUP: gl.constexpr):
         pass_turn(WARPGROUP, call.NUM_CONSUMERS)
     for g in range(call.G):
         if call.G > 1:
-            visit = own_visit(call, work, g, WARPGROUP)
-        if call.HAS_SKIPS:
-            i = skip_steps(shared, i, visit.num_before)
+            visit = visit_of(call, work, g)
         if MAY_HIDE:
             for _ in range(visit.num_masked):
                 last, dk, dv = gradient_step(i, n, last, dk, dv, call, work, visit.h, shared, True, WARPGROUP)
@@ -370,8 +354,6 @@ def differentiate_work(call, shared, work, n, i, WARPGROUP: gl.constexpr):
         for _ in range(visit.num_full):
             last, dk, dv = gradient_step(i, n, last, dk, dv, call, work, visit.h, shared, False, WARPGROUP)
             i += 1
-        if call.HAS_SKIPS:
-            i = skip_steps(shared, i, visit.num_after)
     if call.HAS_TURNS and WARPGROUP == 0:
         wait_turn(WARPGROUP)  # the turn that was passed on last
     if call.counter is not None:
@@ -483,8 +465,6 @@ def hopper_backward_kernel(
     IS_SPLIT: gl.constexpr,  # one consumer has dk, the other dv
     STAGES: gl.constexpr,  # of q and dout
     KEY_TILES: gl.constexpr,  # works whose K and V have a place: 1, or 2 in a persistent program
-    HAS_TURNS: gl.constexpr,
-    HAS_SKIPS: gl.constexpr,  # two consumers without turns each skip steps that see none of their keys; dq is None
     REGISTERS: gl.constexpr,  # of the roles but the first
 ):
     """dk and dv of one tile of keys, and what it adds to dq. Grid: a program for each tile of each head of keys, in the
@@ -559,8 +539,7 @@ def hopper_backward_kernel(
         IS_EVEN_Q,
         IS_EVEN_KV,
         KEY_TILES,
-        HAS_TURNS,
-        HAS_SKIPS,
+        dq is None and NUM_CONSUMERS == 2 and not IS_SPLIT,  # fused, consumers are faster without turns
     )
     if IS_SPLIT:
         gl.warp_specialize(

@@ -12,7 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from anymask.kernels.functions import near
 from anymask.kernels.hopper_chunks import accumulators, bytes_of, chunks_of, finished
-from anymask.kernels.hopper_fwd import fields_of, indices, row_from, row_of, skip_tiles, walks_of, whole_row
+from anymask.kernels.hopper_fwd import indices, row_from, row_of, walks_of
 from anymask.kernels.hopper_pipeline import FIRST_BARRIER, LAST_BARRIER, Ring, meet_warps, read_number, write_number
 from anymask.kernels.hopper_step import copies, product_of_columns, products_of_rows, store_chunks
 from anymask.kernels.hopper_work import ROWS
@@ -52,7 +52,6 @@ class Call:
     TILE_Q: gl.constexpr
     TILE_KV: gl.constexpr
     IS_EVEN_KV: gl.constexpr
-    HAS_SKIPS: gl.constexpr
 
 
 @record
@@ -75,7 +74,7 @@ class Shared:
 @gluon.jit
 def load_tiles(call, shared):
     """Role of one warp: load what the consumers read. The walk is a step ahead of the loads."""
-    row = whole_row(row_of(call, gl.program_id(0)))
+    row = row_from(row_of(call, gl.program_id(0)), 0)
     kv_head = row.h // call.G
     masked, full = walks_of(call, row)
     NUM_CONSUMERS: gl.constexpr = call.BLOCK_Q // ROWS
@@ -178,15 +177,13 @@ def differentiate(call, shared, WARPGROUP: gl.constexpr):
     """Role of a warpgroup: dq of ROWS queries."""
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, call.BLOCK_KV, 16])
     MAY_HIDE: gl.constexpr = call.MASK is not None or not call.IS_EVEN_KV
-    row = row_from(fields_of(call, gl.program_id(0)), WARPGROUP)
+    row = row_from(row_of(call, gl.program_id(0)), WARPGROUP * ROWS)
     lse_log2 = row_vector(call, row, 0, S_LAYOUT)
     less_delta = row_vector(call, row, 1, S_LAYOUT)
     dq = accumulators(call.dq)
     shared.q.wait(WARPGROUP)
     shared.dout.wait(WARPGROUP)
-    i = gl.to_tensor(0)
-    if call.HAS_SKIPS:
-        i = skip_tiles(shared, i, row.num_before)
+    i = 0
     if MAY_HIDE:
         for _ in range(row.num_masked):
             dq = gradient_step(i, dq, lse_log2, less_delta, call, row, shared, True, WARPGROUP)
@@ -194,8 +191,6 @@ def differentiate(call, shared, WARPGROUP: gl.constexpr):
     for _ in range(row.num_full):
         dq = gradient_step(i, dq, lse_log2, less_delta, call, row, shared, False, WARPGROUP)
         i += 1
-    if call.HAS_SKIPS:
-        skip_tiles(shared, i, row.num_after)
     # in the place of Q, which other warps' products may read: PTX does not say that a warp's reads its own rows alone
     meet_warps(WARPGROUP)
     store_chunks(call.dq, dq, call.scale, shared.q.blocks(WARPGROUP), row.b, row.h, row.q_start)
@@ -238,7 +233,6 @@ def hopper_dq_kernel(
     TILE_KV: gl.constexpr,
     IS_EVEN_KV: gl.constexpr,  # no tile hangs over the end of the keys
     STAGES: gl.constexpr,  # of v; k, which the last product of a step reads, has one more
-    HAS_SKIPS: gl.constexpr,  # two consumers, each of which skips tiles of which it sees nothing
     REGISTERS: gl.constexpr,  # of the roles but the first
 ):
     """dq of one tile of queries. Grid: a program for each tile of each head, in the order of work_of."""
@@ -286,7 +280,6 @@ def hopper_dq_kernel(
         TILE_Q,
         TILE_KV,
         IS_EVEN_KV,
-        HAS_SKIPS,
     )
     if NUM_CONSUMERS == 1:
         gl.warp_specialize(

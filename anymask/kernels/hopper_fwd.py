@@ -39,7 +39,6 @@ from anymask.kernels.tile import (
     hidden,
     map_of,
     natural_score,
-    num_skipped_of,
     num_tiles_of,
     ranked_row,
     work_of,
@@ -80,7 +79,6 @@ class Call:
     TILE_KV: gl.constexpr
     IS_EVEN_KV: gl.constexpr
     HAS_TURNS: gl.constexpr
-    HAS_SKIPS: gl.constexpr
 
 
 @record
@@ -88,7 +86,6 @@ class Row:
     """A tile of queries of one head, and its steps over tiles of keys: num_masked, then num_full.
 
     map_row: among the rows of all maps.  b < 0: there is no row.
-    num_before, num_after: tiles that are loaded for other queries, before those steps and after them.
     """
 
     b: gl.tensor
@@ -97,12 +94,9 @@ class Row:
     map_row: gl.tensor
     num_masked: gl.tensor
     num_full: gl.tensor
-    num_before: gl.tensor
-    num_after: gl.tensor
 
 
 NUM_FIELDS = gl.constexpr(6)
-NUM_SKIPS = gl.constexpr(4)  # further fields: before and after, of each half of the queries
 
 
 @record
@@ -126,32 +120,20 @@ def find_rows(call, rings):
     or, with the producer at the row before, Q.
     """
     if call.counter is None:
-        fields = fields_of(call, gl.program_id(0))
+        fields = row_of(call, gl.program_id(0))
         rings.rows.put(0, fields)
         load_queries(call, rings, gl.to_tensor(0), fields)
     else:
         num_rows = call.num_rows * (call.TILE_Q // call.BLOCK_Q) * call.num_heads
-        draw_rows(rings.rows, call, num_rows, fields_of, rings, load_queries)
+        draw_rows(rings.rows, call, num_rows, row_of, rings, load_queries)
 
 
 @gluon.jit
 def load_queries(call, rings, n, fields):
     """Q of row number n of this program."""
-    row = whole_row(fields)
+    b, h, q_start = fields[0], fields[1], fields[2]
     for consumer in gl.static_range(call.NUM_CONSUMERS):
-        rings.q.load(n * call.NUM_CONSUMERS + consumer, call.q, row.b, row.h, row.q_start + consumer * ROWS)
-
-
-@gluon.jit
-def fields_of(call, number):
-    """The fields of row `number`, and what each consumer skips."""
-    fields = row_of(call, number)
-    if call.HAS_SKIPS:
-        row = fields[3].to(gl.int64)
-        for half in gl.static_range(2):
-            for is_after in gl.static_range(2):
-                fields += (num_skipped_of(call.walk, row, half, is_after),)
-    return fields
+        rings.q.load(n * call.NUM_CONSUMERS + consumer, call.q, b, h, q_start + consumer * ROWS)
 
 
 @gluon.jit
@@ -182,21 +164,15 @@ def row_of(call, number):
 
 
 @gluon.jit
-def row_from(fields, CONSUMER: gl.constexpr):
-    """As a consumer sees it: from its own queries on, and without the tiles that it skips, if there are such fields."""
-    before = gl.to_tensor(0)
-    after = gl.to_tensor(0)
-    if len(fields) > NUM_FIELDS:
-        before = fields[NUM_FIELDS + 2 * CONSUMER]
-        after = fields[NUM_FIELDS + 2 * CONSUMER + 1]
-    q_start = fields[2] + CONSUMER * ROWS
-    return Row(fields[0], fields[1], q_start, fields[3], fields[4] - before - after, fields[5], before, after)
+def row_from(fields, OFFSET: gl.constexpr):
+    """From query OFFSET of its tile on."""
+    return Row(fields[0], fields[1], fields[2] + OFFSET, fields[3], fields[4], fields[5])
 
 
 @gluon.jit
-def whole_row(fields):
-    """As the producer sees it."""
-    return Row(fields[0], fields[1], fields[2], fields[3], fields[4], fields[5], gl.to_tensor(0), gl.to_tensor(0))
+def taken_row(rings, n, OFFSET: gl.constexpr, NUM_WARPS: gl.constexpr):
+    """Row number n of this program, from query OFFSET of its tile on."""
+    return row_from(rings.rows.take(n, NUM_WARPS), OFFSET)
 
 
 # --- the producer ---
@@ -207,14 +183,14 @@ def load_tiles(call, rings):
     """Role of one warp: load the keys and values that the consumers read."""
     n = gl.to_tensor(0)
     i = gl.to_tensor(0)
-    row = whole_row(rings.rows.take(n, 1))
+    row = taken_row(rings, n, 0, 1)
     if call.counter is None:
         load_row(call, rings, row, i)
     else:
         while row.b >= 0:
             i = load_row(call, rings, row, i)
             n += 1
-            row = whole_row(rings.rows.take(n, 1))
+            row = taken_row(rings, n, 0, 1)
 
 
 @gluon.jit
@@ -386,19 +362,6 @@ def attend_step(
 
 
 @gluon.jit
-def skip_tiles(rings, i, num_tiles):
-    """Tiles from tile i on that come for the other consumer alone; the tile after them."""
-    for _ in range(num_tiles):
-        # not before they have come: what is released then is this load, and not the one before in its place
-        rings.k.wait(i)
-        rings.k.release(i)
-        rings.v.wait(i)
-        rings.v.release(i)
-        i += 1
-    return i
-
-
-@gluon.jit
 def store_chunk(out, rings, acc, factor, row, column, C: gl.constexpr, WARPGROUP: gl.constexpr):
     """acc * factor [:, None], which is chunk C of out, from column `column` on."""
     O_LAYOUT: gl.constexpr = acc.type.layout
@@ -421,14 +384,14 @@ def attend(call, rings, WARPGROUP: gl.constexpr):
     i = gl.to_tensor(0)
     if call.HAS_TURNS and WARPGROUP == call.NUM_CONSUMERS - 1:
         pass_turn(WARPGROUP, call.NUM_CONSUMERS)
-    row = row_from(rings.rows.take(n, 4), WARPGROUP)
+    row = taken_row(rings, n, WARPGROUP * ROWS, 4)
     if call.counter is None:
         attend_row(call, rings, row, n, i, WARPGROUP)
     else:
         while row.b >= 0:
             i = attend_row(call, rings, row, n, i, WARPGROUP)
             n += 1
-            row = row_from(rings.rows.take(n, 4), WARPGROUP)
+            row = taken_row(rings, n, WARPGROUP * ROWS, 4)
     tma.store_wait(0)
     if call.HAS_TURNS and WARPGROUP == 0:
         wait_turn(WARPGROUP)  # the turn that was passed on last
@@ -439,8 +402,6 @@ def attend_row(call, rings, row, n, first, WARPGROUP: gl.constexpr):
     """Row number n of this program, whose first tile is tile `first`; the number of the tile after its last."""
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, call.BLOCK_KV, 16])
     MAY_HIDE: gl.constexpr = call.MASK is not None or not call.IS_EVEN_KV
-    if call.HAS_SKIPS:
-        first = skip_tiles(rings, first, row.num_before)
     num_masked = row.num_masked
     num_steps = num_masked + row.num_full
     q_load = n * call.NUM_CONSUMERS + WARPGROUP
@@ -479,14 +440,11 @@ def attend_row(call, rings, row, n, first, WARPGROUP: gl.constexpr):
             rings.q.release(q_load)
         acc = output_product(rings, pairs, correction, acc, first + num_steps - 1)
         acc = finished(acc, 0)
-        if call.counter is not None or call.HAS_SKIPS:
+        if call.counter is not None:
             rings.v.release(first + num_steps - 1)
     else:
         if call.counter is not None:
             rings.q.release(q_load)
-    end = first + num_steps
-    if call.HAS_SKIPS:
-        end = skip_tiles(rings, end, row.num_after)
 
     row_sum = softmax.row_sum()
     has_key = row_sum > 0
@@ -502,7 +460,7 @@ def attend_row(call, rings, row, n, first, WARPGROUP: gl.constexpr):
     for c in gl.static_range(len(call.out)):
         store_chunk(call.out[c], rings, acc[c], inverse, row, column, c, WARPGROUP)
         column += call.out[c].block_type.shape[3]
-    return end
+    return first + num_steps
 
 
 @gluon.constexpr_function
@@ -545,7 +503,6 @@ def hopper_forward_kernel(
     IS_EVEN_KV: gl.constexpr,  # no tile hangs over the end of the keys
     STAGES: gl.constexpr,
     HAS_TURNS: gl.constexpr,
-    HAS_SKIPS: gl.constexpr,  # two consumers without turns, each of which skips tiles of which it sees nothing
     REGISTERS: gl.constexpr,  # of the roles but the first
 ):
     """out and lse of one query tile. Grid: a program for each tile of each head, in the order of work_of.
@@ -562,7 +519,7 @@ def hopper_forward_kernel(
     if counter is not None or not fits(out, q):
         staged = allocate_tiles(out, NUM_CONSUMERS)
     rings = Rings(
-        RowQueue.create(NUM_FIELDS + NUM_SKIPS * HAS_SKIPS, NUM_CONSUMERS + 1, counter is not None),
+        RowQueue.create(NUM_FIELDS, NUM_CONSUMERS + 1, counter is not None),
         Ring.create(q, NUM_CONSUMERS if counter is None else NUM_CONSUMERS * 2, 1),
         Ring.create(k, STAGES, NUM_CONSUMERS, FIRST_BARRIER),
         Ring.create(v, STAGES, NUM_CONSUMERS, FIRST_BARRIER + STAGES),
@@ -599,7 +556,6 @@ def hopper_forward_kernel(
         TILE_KV,
         IS_EVEN_KV,
         HAS_TURNS,
-        HAS_SKIPS,
     )
     if NUM_CONSUMERS == 1:
         gl.warp_specialize(

@@ -36,12 +36,11 @@ def forward_recipe(
     mask: Any,
     score: Any,
     config: HopperConfig,
-    has_halves: bool,
 ) -> Recipe:
     """For q, k, v, out, lse, a counter if it is persistent, the walk's tensors, captured ones.
 
     walk: the arguments walk to heads_last of kernels/tile.py, the walk None where no mask hides anything.  tile: of
-    the walk.  mask, score: jitted functions or None.  has_halves: the walk knows what half a tile of queries sees.
+    the walk.  mask, score: jitted functions or None.
     """
     Hq, Sq, Skv = q.shape[1], q.shape[2], k.shape[2]
     num_rows, num_heads = walk[3:5]
@@ -75,7 +74,6 @@ def forward_recipe(
         IS_EVEN_KV=Skv % tile[1] == 0,
         STAGES=config.num_stages,
         HAS_TURNS=config.has_turns,
-        HAS_SKIPS=has_halves and config.num_consumers == 2 and tile[0] == config.BLOCK_Q and not config.has_turns,
         REGISTERS=(*of_roles, of_roles[-1]),  # the warp that finds rows is of the producer's warpgroup
         num_warps=4,
         maxnreg=registers,
@@ -154,7 +152,6 @@ def backward_recipe(
     score: Any,
     score_gradient: Any,
     config: HopperBackwardConfig,
-    has_halves: bool,
 ) -> Recipe:
     """For q, k, v, dout, rows, the sum of dQ if config is fused, dk, dv, a counter if it is persistent, the walk's
     tensors, captured ones.
@@ -164,8 +161,6 @@ def backward_recipe(
     (_, Hq, Sq, _), (_, Hkv, Skv, _) = q.shape, k.shape
     num_rows, num_heads = walk[3:5]
     registers, of_roles = HOPPER_REGISTERS[config.num_consumers]
-    # what one consumer does, the other need not: fused, they are faster without turns
-    is_by_halves = config.num_consumers == 2 and not (config.is_fused or config.is_split)
     programs = num_heads * num_rows * tile[1] // config.BLOCK_KV
     if config.is_persistent:
         programs = min(programs, _num_multiprocessors(q.device))
@@ -202,8 +197,6 @@ def backward_recipe(
         IS_SPLIT=config.is_split,
         STAGES=config.num_stages,
         KEY_TILES=config.num_key_tiles,
-        HAS_TURNS=is_by_halves and config.has_turns,
-        HAS_SKIPS=is_by_halves and not config.has_turns and has_halves and tile[1] == config.BLOCK_KV,
         REGISTERS=of_roles,
         num_warps=4,
         maxnreg=registers,
@@ -224,7 +217,6 @@ def dq_recipe(
     score: Any,
     score_gradient: Any,
     config: HopperDqConfig,
-    has_halves: bool,
 ) -> Recipe:
     """For q, k, v, dout, dq, rows, the walk's tensors, captured ones. Arguments as of forward_recipe."""
     (_, Hq, Sq, _), (_, Hkv, Skv, _) = q.shape, k.shape
@@ -257,7 +249,6 @@ def dq_recipe(
         TILE_KV=tile[1],
         IS_EVEN_KV=Skv % tile[1] == 0,
         STAGES=config.num_v_stages,
-        HAS_SKIPS=has_halves and config.num_consumers == 2 and tile[0] == config.BLOCK_Q,
         REGISTERS=of_roles,
         num_warps=4,
         maxnreg=registers,

@@ -257,7 +257,7 @@ class RowQueue:
     def put(self, n, fields):
         """The n-th row, which has a place."""
         slot = n % 2
-        for j in gl.static_range(len(fields)):
+        for j in gl.static_range(self.NUM_FIELDS):
             write_number(self.numbers.index(slot * self.NUM_FIELDS + j), fields[j])
         mbarrier.arrive(self.full.index(slot), count=1)
 

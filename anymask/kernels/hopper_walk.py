@@ -31,7 +31,7 @@ def draw_rows(queue, call, num_rows, FIELDS_OF: gl.constexpr, shared=None, THEN:
         n += 1
         queue.wait(n)
         number = gl.num_programs(0) + gl.atomic_add(call.counter, 1)
-    queue.put(n, (-1,))
+    queue.put(n, (-1, 0, 0, 0, 0, 0))
     if gl.atomic_add(call.counter + 1, 1) == gl.num_programs(0) - 1:
         gl.store(call.counter, 0)
         gl.store(call.counter + 1, 0)

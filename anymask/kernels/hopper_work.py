@@ -10,7 +10,7 @@ from anymask.kernels.hopper_chunks import bytes_of
 from anymask.kernels.hopper_pipeline import begin_load, write_number
 from anymask.kernels.hopper_walk import WANTED_AHEAD, Counting, Walking, draw_rows
 from anymask.kernels.record import record
-from anymask.kernels.tile import map_of, num_skipped_of, ranked_row, work_of
+from anymask.kernels.tile import map_of, ranked_row, work_of
 
 ROWS = gl.constexpr(64)  # keys of a consumer: what one wgmma of a warpgroup takes
 
@@ -62,16 +62,11 @@ def find_works(call, shared):
 
 @record
 class Visit:
-    """The steps of one query head over tiles of queries: num_masked, then num_full.
-
-    num_before, num_after: steps that are loaded for other keys, before those and after them.
-    """
+    """The steps of one query head over tiles of queries: num_masked, then num_full."""
 
     h: gl.tensor
     num_masked: gl.tensor
     num_full: gl.tensor
-    num_before: gl.tensor
-    num_after: gl.tensor
     masked: Walking | Counting
     full: Walking | Counting
 
@@ -89,27 +84,12 @@ def visit_of(call, work, g):
         num_steps = gl.cdiv(call.Sq, call.BLOCK_Q)
         num_masked = gl.where(work.kv_start + call.BLOCK_KV > call.Skv, num_steps, 0)
         tiles = Counting(gl.to_tensor(0), call.BLOCK_Q)
-        none = gl.to_tensor(0)
-        return Visit(h, num_masked, num_steps - num_masked, none, none, tiles, tiles)
+        return Visit(h, num_masked, num_steps - num_masked, tiles, tiles)
     else:
         row = map_of(call.map_strides, work.b, h) * call.num_rows + work.row
         masked, num_masked = Walking.open(call.walk, call.num_words, row, TILE_Q, call.BLOCK_Q, False)
         full, num_full = Walking.open(call.walk, call.num_words, row, TILE_Q, call.BLOCK_Q, True)
-        return Visit(h, num_masked, num_full, gl.to_tensor(0), gl.to_tensor(0), masked, full)
-
-
-@gluon.jit
-def own_visit(call, work, g, CONSUMER: gl.constexpr):
-    """As visit_of, for this consumer's keys: without the steps that it skips."""
-    visit = visit_of(call, work, g)
-    if call.HAS_SKIPS:
-        row = map_of(call.map_strides, work.b, visit.h) * call.num_rows + work.row
-        before = num_skipped_of(call.walk, row, CONSUMER, False) * (call.TILE_Q // call.BLOCK_Q)
-        after = num_skipped_of(call.walk, row, CONSUMER, True) * (call.TILE_Q // call.BLOCK_Q)
-        num_masked = visit.num_masked - before - after
-        return Visit(visit.h, num_masked, visit.num_full, before, after, visit.masked, visit.full)
-    else:
-        return visit
+        return Visit(h, num_masked, num_full, masked, full)
 
 
 # --- the producer ---

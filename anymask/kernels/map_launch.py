@@ -20,7 +20,6 @@ from anymask.expr.ir import Expr
 from anymask.kernels.jit import jitted
 from anymask.kernels.plan import KERNELS, Plan, Shape, is_walked, walk_shapes
 from anymask.kernels.recipe import TENSOR, Layout, Recipe, bound, readable
-from anymask.kernels.tile import ROW_FIELDS
 from anymask.kernels.triton_map import classify_kernel
 from anymask.kernels.triton_walk import order_kernel, walk_kernel
 
@@ -87,7 +86,7 @@ def _walk_recipes(
         num_rows, num_columns = _ceil(num_q, q_tiles), _ceil(num_kv, kv_tiles)
         if is_kv_row:
             num_rows, num_columns = num_columns, num_rows
-        layouts[shape] = (Bm, Hm, num_rows, 2, _ceil(num_columns, WORD)), (Bm, Hm, num_rows, ROW_FIELDS.value)
+        layouts[shape] = (Bm, Hm, num_rows, 2, _ceil(num_columns, WORD)), (Bm, Hm, num_rows, 3)
         numbers.append((q_tiles, kv_tiles, int(is_kv_row)))
         lengths.append(num_rows)
     if 0 in kinds or not shapes:

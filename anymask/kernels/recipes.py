@@ -53,10 +53,7 @@ def forward_recipe(alike: Likeness) -> Recipe:
 
         mask = None if maps is None else mask
         tensors = (alike.q, alike.k, alike.v, alike.out)
-        has_halves = maps is not None and tile_q > alike.tile[0]
-        return hopper_launch.forward_recipe(
-            *tensors, walk, (tile_q, tile_kv), scale, bindings, mask, score, config, has_halves
-        )
+        return hopper_launch.forward_recipe(*tensors, walk, (tile_q, tile_kv), scale, bindings, mask, score, config)
     return Recipe(
         alike.q.device,
         forward_kernel,
@@ -266,10 +263,7 @@ def hopper_backward_recipes(
     walk = walk_arguments(maps, _ceil(Sq, tile[0]), _ceil(Skv, tile[1]), B * Hkv, 1, head_bytes, plan)
     functions = (None if maps is None else mask, score, score_gradient)
     _, dk, dv = made
-    has_halves = maps is not None and tile[1] > alike.tile[1]
-    dkdv = hopper_launch.backward_recipe(
-        q, k, v, dout, dk, dv, walk, tile, scale, bindings, *functions, config, has_halves
-    )
+    dkdv = hopper_launch.backward_recipe(q, k, v, dout, dk, dv, walk, tile, scale, bindings, *functions, config)
     rows = hopper_launch.rows_layout(q)
     of_rows = addressing(out.strides, dout.strides)
     rows_recipe = hopper_launch.rows_recipe(out, dout, rows, D, has_dlse, config.is_fused, of_rows)
@@ -315,8 +309,7 @@ def _hopper_dq_recipe(
     head_bytes = Skv * (D + Dv) * q.dtype.itemsize
     walk = walk_arguments(maps, _ceil(Skv, tile[1]), _ceil(Sq, tile[0]), B * Hq, Hq // Hkv, head_bytes, plan)
     functions = (None if maps is None else mask, score, score_gradient)
-    has_halves = maps is not None and tile[0] > alike.tile[0]
-    return hopper_launch.dq_recipe(q, k, v, dout, dq, walk, tile, alike.scale, bindings, *functions, config, has_halves)
+    return hopper_launch.dq_recipe(q, k, v, dout, dq, walk, tile, alike.scale, bindings, *functions, config)
 
 
 @functools.lru_cache(maxsize=4096)

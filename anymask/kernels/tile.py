@@ -103,8 +103,6 @@ def store_tile(
 
 # --- the map: what a program works on, and how it walks its row (blocks/walk.py) ---
 
-ROW_FIELDS = tl.constexpr(7)  # numbers of a row
-
 
 @triton.jit
 def map_of(map_strides, b, h):
@@ -139,19 +137,13 @@ def ranked_row(walk, first_row, rank):
     if walk is None:
         return rank
     else:
-        return tl.load(walk[1] + (first_row + rank) * ROW_FIELDS + 2)
+        return tl.load(walk[1] + (first_row + rank) * 3 + 2)
 
 
 @triton.jit
 def num_tiles_of(walk, row, IS_FULL: tl.constexpr):
     """How many masked, or full, tiles a row has. row: among those of all maps."""
-    return tl.load(walk[1] + row * ROW_FIELDS + IS_FULL)
-
-
-@triton.jit
-def num_skipped_of(walk, row, HALF: tl.constexpr, IS_AFTER: tl.constexpr):
-    """How many masked tiles a half of a row skips before those that it visits, or after them (blocks/walk.py)."""
-    return tl.load(walk[1] + row * ROW_FIELDS + 3 + 2 * HALF + IS_AFTER)
+    return tl.load(walk[1] + row * 3 + IS_FULL)
 
 
 @triton.jit

@@ -3,8 +3,6 @@
 import triton
 import triton.language as tl
 
-from anymask.kernels.tile import ROW_FIELDS
-
 NUMBERS = ["num_maps", "num_q", "num_kv", "tile_kv", "Skv", "q0", "kv0", "turn0", "q1", "kv1", "turn1"]
 NUMBERS += ["q2", "kv2", "turn2"]
 
@@ -18,7 +16,7 @@ def walk_kernel(
     tile_kv,
     Skv,
     words0,  # of each walk: [maps, rows, 2, num_words] int64
-    rows0,  # [maps, rows, ROW_FIELDS] int32
+    rows0,  # [maps, rows, 3] int32
     q0,  # tiles of the map along q and along kv in one of the walk
     kv0,
     turn0,  # 1: rows are KV tiles
@@ -56,7 +54,7 @@ def walk_kernel(
     pack_rows(
         kinds + map_index * num_q * num_kv,
         words + map_index * num_rows * 2 * tl.cdiv(num_columns, 32),
-        rows + map_index * num_rows * ROW_FIELDS,
+        rows + map_index * num_rows * 3,
         program % row_blocks * ROWS,
         num_rows,
         num_columns,
@@ -99,65 +97,37 @@ def pack_rows(
     """Words and counts of ROWS rows. Columns are read COLUMNS at a time, words with a tile written one by one."""
     WORDS: tl.constexpr = COLUMNS // 32
     num_words = tl.cdiv(num_columns, 32)
-    row_tiles = tl.where(turn != 0, kv_tiles, q_tiles)
     # [ROWS, 1]
     row = first_row + tl.arange(0, ROWS)[:, None]
     place = row.to(tl.int64) * 2 * num_words
-    # [ROWS, 1] words written so far and [ROWS] tiles counted so far; [ROWS, 2] tiles that the halves skip
+    # [ROWS, 1] words written so far and [ROWS] tiles counted so far
     masked_words = tl.zeros([ROWS, 1], tl.int32)
     full_words = tl.zeros([ROWS, 1], tl.int32)
     num_masked = tl.zeros([ROWS], tl.int32)
     num_full = tl.zeros([ROWS], tl.int32)
-    num_before = tl.zeros([ROWS, 2], tl.int32)
-    num_after = tl.zeros([ROWS, 2], tl.int32)
     for start in range(0, num_columns, COLUMNS):
         # [1, COLUMNS]
         column = start + tl.arange(0, COLUMNS)[None, :]
         # [ROWS, COLUMNS]
         q_tile = tl.where(turn != 0, column, row)
         kv_tile = tl.where(turn != 0, row, column)
-        halves = tl.zeros([ROWS, COLUMNS], tl.int32)  # bit 0: the first one sees something, bit 1: the second
+        is_visited = tl.zeros([ROWS, COLUMNS], tl.int32)
         full = ((row < num_rows) & (column < num_columns) & (kv_tile < num_whole)).to(tl.int32)
         for part in range(q_tiles * kv_tiles):
             q = q_tile * q_tiles + part // kv_tiles
             kv = kv_tile * kv_tiles + part % kv_tiles
             inside = (q < num_q) & (kv < num_kv)
             kind = tl.load(kinds + q.to(tl.int64) * num_kv + kv, mask=inside, other=0)
-            of_row = tl.where(turn != 0, part % kv_tiles, part // kv_tiles)
-            halves |= (kind != 0).to(tl.int32) << (of_row * 2 >= row_tiles).to(tl.int32)
+            is_visited |= (kind != 0).to(tl.int32)
             full &= ((kind == 2) | ~inside).to(tl.int32)
-        is_visited = (halves != 0).to(tl.int32)
         full &= is_visited
         masked = is_visited - full
         masked_words = pack_words(masked, words + place, masked_words, start, row < num_rows, ROWS, WORDS)
         full_words = pack_words(full, words + place + num_words, full_words, start, row < num_rows, ROWS, WORDS)
-        num_before, num_after = skipped(masked, halves, num_masked, num_before, num_after)
         num_masked += tl.sum(masked, 1)
         num_full += tl.sum(full, 1)
-    num_after = tl.where((num_before == num_masked[:, None]) | (num_full[:, None] > 0), 0, num_after)
     # [ROWS, 2]
-    numbers = rows + row * ROW_FIELDS + tl.arange(0, 2)[None, :]
-    tl.store(numbers, tl.join(num_masked, num_full), mask=row < num_rows)
-    numbers += 3 + tl.arange(0, 2)[None, :]
-    tl.store(numbers, num_before, mask=row < num_rows)
-    tl.store(numbers + 1, num_after, mask=row < num_rows)
-
-
-@triton.jit
-def skipped(masked, halves, num_masked, num_before, num_after):
-    """num_before and num_after [ROWS, 2] with some more columns: masked tiles before the first of which a half sees
-    anything, and after the last. num_masked: [ROWS] in the columns before.
-    """
-    for half in tl.static_range(2):
-        is_half = tl.arange(0, 2)[None, :] == half
-        sees = masked & (halves >> half)
-        count = tl.cumsum(sees, 1)
-        total = tl.sum(sees, 1)
-        before = tl.sum(masked & (count == 0).to(tl.int32), 1)[:, None]
-        after = tl.sum(masked & (count == total[:, None]).to(tl.int32) & (1 - sees), 1)[:, None]
-        num_before += tl.where(is_half & (num_before == num_masked[:, None]), before, 0)
-        num_after = tl.where(is_half, after + tl.where(total[:, None] > 0, 0, num_after), num_after)
-    return num_before, num_after
+    tl.store(rows + row * 3 + tl.arange(0, 2)[None, :], tl.join(num_masked, num_full), mask=row < num_rows)
 
 
 @triton.jit
@@ -174,7 +144,7 @@ def pack_words(tiles, words, num_before, start, is_row, ROWS: tl.constexpr, WORD
 
 @triton.jit(do_not_specialize=["num_maps", "num_rows0", "num_rows1", "num_rows2"])
 def order_kernel(
-    rows0,  # of each walk: [maps, num_rows, ROW_FIELDS] int32; the first two columns are read, the third is written
+    rows0,  # of each walk: [maps, num_rows, 3] int32; the first two columns are read, the third is written
     rows1,
     rows2,
     num_maps,
@@ -196,7 +166,7 @@ def order_kernel(
     num_rows = tl.where(number == 0, num_rows0, tl.where(number == 1, num_rows1, num_rows2))
     rows = tl.where(number == 0, rows0, tl.where(number == 1, rows1, rows2))
     row_blocks = tl.cdiv(num_rows, ROWS)
-    rows += (program // row_blocks).to(tl.int64) * num_rows * ROW_FIELDS
+    rows += (program // row_blocks).to(tl.int64) * num_rows * 3
     row = program % row_blocks * ROWS + tl.arange(0, ROWS)
     work = row_work(rows, row, num_rows)
     rank = tl.zeros([ROWS], tl.int32)
@@ -206,13 +176,13 @@ def order_kernel(
         others = row_work(rows, other, num_rows)
         is_before = (others > work[:, None]) | ((others == work[:, None]) & (other < row[:, None]))
         rank += tl.sum(is_before.to(tl.int32), 1)
-    tl.store(rows + rank * ROW_FIELDS + 2, row, mask=row < num_rows)
+    tl.store(rows + rank * 3 + 2, row, mask=row < num_rows)
 
 
 @triton.jit
 def row_work(rows, row, num_rows):
     """A masked tile takes about 1.3 times as long as a full one (H200, D 128). -1 past the end."""
     inside = row < num_rows
-    masked = tl.load(rows + row * ROW_FIELDS, mask=inside, other=0)
-    full = tl.load(rows + row * ROW_FIELDS + 1, mask=inside, other=0)
+    masked = tl.load(rows + row * 3, mask=inside, other=0)
+    full = tl.load(rows + row * 3 + 1, mask=inside, other=0)
     return tl.where(inside, masked * 4 + full * 3, -1)

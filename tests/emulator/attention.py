@@ -28,11 +28,10 @@ from tests.plain import expected
 from tests.test_hopper import (
     APART,
     BACKWARDS,
-    FORWARD_SKIPS,
+    DEEP,
     FUSED,
     LONE,
     PERSISTENT,
-    SKIPS,
     TWO_TILES,
     WIDE,
     WIDE_APART,
@@ -107,20 +106,15 @@ class Case:
 
 
 FORWARD: dict[str, Any] = {"forward": {"is_persistent": True}}
-PERSISTENT_SKIPS = {"forward": FORWARD_SKIPS["forward"] | FORWARD["forward"]}
+PERSISTENT_DEEP = {"forward": DEEP["forward"] | FORWARD["forward"]}
 CASES = {
     "unmasked_64_wide": Case("", "", (1, 2, 1, 333, 290, 64, 64), WIDE),
     "causal_64_fused": Case("causal_bottom_right", "", (1, 4, 2, 333, 290, 64, 64), FUSED),
     "causal_64_wide_persistent": Case(
         "causal_bottom_right", "", (1, 4, 2, 333, 290, 64, 64), WIDE_PERSISTENT | FORWARD
     ),
-    "documents_64_skips": Case("documents_causal", "", (1, 2, 1, 533, 490, 64, 64), SKIPS | FORWARD_SKIPS),
-    "documents_128_skips": Case(
-        "documents_unsorted_padded",
-        "",
-        (2, 2, 1, 333, 290, 128, 128),
-        SKIPS | PERSISTENT_SKIPS,
-    ),
+    "documents_64_deep": Case("documents_causal", "", (1, 2, 1, 533, 490, 64, 64), DEEP),
+    "documents_128_deep": Case("documents_unsorted_padded", "", (2, 2, 1, 333, 290, 128, 128), PERSISTENT_DEEP),
     "causal_64_two_tiles": Case("causal_bottom_right", "", (1, 4, 2, 533, 490, 64, 64), TWO_TILES),
     "window_64_wide_apart": Case("window", "", (1, 2, 1, 333, 290, 64, 64), WIDE_APART),
     "window_64_192_queries": Case("window", "", (1, 2, 2, 500, 400, 64, 64), {"forward": {"BLOCK_Q": 192}}),

@@ -22,7 +22,7 @@ from tests.test_fuzz import (
     functions_of,
     tensors_of,
 )
-from tests.test_hopper import BACKWARDS, FORWARD_SKIPS, SKIPS, TWO_TILES, WIDE, WIDE_APART, WIDE_PERSISTENT
+from tests.test_hopper import BACKWARDS, DEEP, TWO_TILES, WIDE, WIDE_APART, WIDE_PERSISTENT
 
 REACH = Reach(HALF, 128, 4, 4, 0)
 
@@ -66,10 +66,10 @@ def drawn_plan(program: Program) -> dict[str, Any]:
         return how
     how["backend"] = "gluon"
     if max(program.D, program.Dv) <= 128:
-        backwards = [*BACKWARDS, SKIPS]
+        backwards = [*BACKWARDS]
         if max(program.D, program.Dv) <= 64:
             backwards += [WIDE, WIDE_PERSISTENT, WIDE_APART, TWO_TILES]
         asked = [x for x in backwards if not (how["deterministic"] and x["dkdv"]["is_fused"])]
-        forward = FORWARD_SKIPS["forward"] if draw.random() < 0.3 else program.forward
+        forward = DEEP["forward"] if draw.random() < 0.3 else program.forward
         how["config"] = {**draw.choice(asked)} | ({"forward": forward} if forward else {})
     return how

@@ -335,10 +335,16 @@ def test_the_faster_backward_is_taken() -> None:
         block_q = 128 if D == Dv == 64 else 64
         assert block_q == chosen.dkdv.BLOCK_Q and chosen.why.startswith("gluon on sm_90")
         assert chosen.dkdv.is_persistent == (D != 48)
-        for other in (plan(D, S, Dv, HEAVY), plan(D, max(S, 1024), Dv, ragged)):
-            assert not (isinstance(other.dkdv, HopperBackwardConfig) and other.dkdv.is_persistent)
-    queries = [plan(64, S, mods=Mods(CAUSAL)).dkdv.BLOCK_Q for S in (512, 1023, 1024, 4096)]
-    assert queries == [64, 64, 128, 128]  # a step
+        for mods in (HEAVY, Mods(ragged.mask, HEAVY.score)):
+            other = plan(D, S, Dv, mods).dkdv
+            assert not (isinstance(other, HopperBackwardConfig) and other.is_persistent)
+        assert plan(D, max(S, 1024), Dv, ragged).dkdv.is_persistent == (max(D, Dv) == 128)
+    for S, Skv, key_tiles in ((512, 512, 2), (512, 4096, 2), (512, 4097, 1), (8192, 8192, 1)):
+        p = Problem(1, 4, 2, S, Skv, 64, 64, torch.bfloat16, CPU)
+        short = choose(p, Mods(CAUSAL), (64, 64), arch="sm_90").dkdv
+        assert (short.BLOCK_Q, short.num_key_tiles, short.is_persistent) == (128, key_tiles, True)
+    deterministic = [plan(64, 4096, mods=mods, deterministic=True).dkdv.BLOCK_Q for mods in (NONE, ragged)]
+    assert deterministic == [128, 64]  # queries a step
     for apart in (plan(128, 100, deterministic=True), plan(192, 100, 128), plan(256, 100, deterministic=True)):
         assert isinstance(apart.dkdv, HopperBackwardConfig) and not apart.dkdv.is_fused
         assert isinstance(apart.dq, HopperDqConfig) and apart.dkdv.is_split == (apart.dkdv.BLOCK_KV == 64)

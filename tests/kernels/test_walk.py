@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 
 import hypothesis
-import pytest
 import torch
 import triton
 import triton.language as tl
@@ -56,23 +55,6 @@ def check_walk(walk: Walk, masked: torch.Tensor, full: torch.Tensor) -> None:
             assert order == sorted(range(num_rows), key=lambda row: (-work[row], row))
 
 
-def check_skipped(walk: Walk, kinds: torch.Tensor, factors: tuple[int, int]) -> None:
-    """kinds: of the map, so that factors[0] of its tiles along q make a row's tile, and factors[1] a column's."""
-    size = factors[0] // 2
-    for b, h, row in itertools.product(*map(range, walk.rows.shape[:3])):
-        num_masked, num_full, _, *skipped = walk.rows[b, h, row].tolist()
-        tiles = listed(walk.words[b, h, row, 0], num_masked)
-        for half in range(2):
-            first = row * factors[0] + half * size
-            seen = [
-                bool((kinds[b, h, first : first + size, n * factors[1] : (n + 1) * factors[1]] != EMPTY).any())
-                for n in tiles
-            ]
-            before = seen.index(True) if any(seen) else num_masked
-            after = seen[::-1].index(True) if any(seen) and num_full == 0 else 0
-            assert skipped[2 * half : 2 * half + 2] == [before, after]
-
-
 def one_walk(blocks: BlockMap, tile: tuple[int, int] = (16, 16), is_kv_row: bool = False) -> Walk:
     (walk,) = map_launch.make_walks(blocks, (tile, is_kv_row))
     return walk
@@ -93,21 +75,6 @@ def test_random_kinds(data: st.DataObject) -> None:
     lines, columns = map_launch.make_walks(BlockMap(kinds, Sq, Skv, (16, 16)), (tile, False), (tile, True))
     check_walk(lines, masked, full)
     check_walk(columns, masked.mT, full.mT)
-    if factors[0] > 1:
-        check_skipped(lines, kinds, factors)
-    if factors[1] > 1:
-        check_skipped(columns, kinds.mT, factors[::-1])
-
-
-@pytest.mark.parametrize("is_banded", [False, True])
-def test_halves_skip_what_they_do_not_see(is_banded: bool) -> None:
-    """In rows longer than what is packed at a time, too; a band leaves out much at both ends."""
-    kinds = torch.randint(0, 2, (1, 2, 7, 900), dtype=torch.int8, generator=torch.Generator().manual_seed(2))
-    if is_banded:
-        distance = torch.arange(900) - 120 * torch.arange(7)[:, None]
-        kinds *= (distance.abs() < 200) & (distance.abs() > 3)
-    kinds[0, 1, 3] = EMPTY
-    check_skipped(one_walk(BlockMap(kinds, 7 * 16, 900 * 16, (16, 16)), (32, 16)), kinds, (2, 1))
 
 
 def test_more_columns_than_are_packed_at_a_time() -> None:
