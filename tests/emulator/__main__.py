@@ -52,10 +52,8 @@ def main() -> int:
     if options.fuzz:
         cases = dict(problems(range(*options.fuzz)))
     part, num_parts = map(int, options.part.split("/"))
-    names = [name for name in cases if not options.names or any(some in name for some in options.names)][
-        part - 1 :: num_parts
-    ]
-    chosen = {name: cases[name] for name in names}
+    names = [name for name in cases if not options.names or any(some in name for some in options.names)]
+    chosen = {name: cases[name] for name in names[part - 1 :: num_parts]}
     if options.list:
         print("\n".join(f"{name:28} {case}" for name, case in chosen.items()))
         return 0
@@ -69,12 +67,12 @@ def main() -> int:
                 verdict = " ".join(f"{what} {error:.1e}" for what, error in errors.items()) + f"  ({kernels})"
             except (EmulatorError, AssertionError) as error:
                 num_failed += 1
-                verdict = f"FAILED {type(error).__name__}: {error}"
+                verdict = f"FAILED {type(error).__name__}: {error}\n    {case}"
             except Exception:
                 num_failed += 1
-                verdict = f"FAILED {traceback.format_exc()}"
+                verdict = f"FAILED {traceback.format_exc()}    {case}"
             seconds = time.perf_counter() - start
-            print(f"{name:28} seed {seed} {seconds:6.1f} s  {case.config or ''}  {verdict}", flush=True)
+            print(f"{name:28} seed {seed} {seconds:6.1f} s  {verdict}", flush=True)
     print(f"{len(chosen)} cases, {num_failed} failures")
     return min(num_failed, 1) if chosen else 1
 

@@ -35,10 +35,6 @@ class Drawn:
     case: Case
     how: dict[str, Any]
 
-    @property
-    def config(self) -> Any:
-        return self.how
-
     def run(self, seed: int) -> tuple[dict[str, float], Emulator]:
         """The errors, checked as in tests/test_fuzz.py."""
         program, scale = self.program, self.case.scale
