@@ -413,8 +413,8 @@ def _hopper_backward(
         chosen = wanted if isinstance(wanted, HopperBackwardConfig) else replace(default, **wanted)
     except TypeError:
         raise UnsupportedError(
-            f"config['dkdv'] = {wanted} should name is_fused, is_split, num_consumers, BLOCK_Q, num_stages and "
-            "is_persistent of the Gluon backward"
+            f"config['dkdv'] = {wanted} should name is_fused, is_split, num_consumers, BLOCK_Q, num_stages, "
+            "is_persistent and num_key_tiles of the Gluon backward"
         ) from None
     if chosen.num_consumers not in (1, 2):
         raise UnsupportedError(f"config['dkdv']: the Gluon backward has 1 or 2 consumers, not {chosen.num_consumers}")
